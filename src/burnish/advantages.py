@@ -1,0 +1,37 @@
+"""From the rewards of a round to advantages: what a sample's reward says against its peers'."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def group_relative(
+    rewards: Float[Tensor, " batch"],
+    groups: Int[Tensor, " batch"],
+    *,
+    eps: float = 1e-4,  # flow_grpo stat_tracking.py
+    std: Literal["group", "global"] = "global",  # the code's default (global_std=True); "group" is the paper's
+) -> Float[Tensor, " batch"]:
+    r"""(reward - mean of its group) / (std + eps); fp32 at least.
+
+    `groups`: an integer id of the prompt for each sample, in any order. `std`: of the group itself, or of all
+    rewards of the round; both with divisor n (np.std). A group of equal rewards, or of one, gets advantages of 0.
+    Reference: Liu et al. 2025, Flow-GRPO, https://arxiv.org/abs/2505.05470, Eq. 6; `flow_grpo/stat_tracking.py`.
+    """
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    _, member = groups.unique(return_inverse=True)
+    count = torch.bincount(member)
+    mean = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device).index_add_(0, member, rewards) / count
+    centred = rewards - mean[member]
+    if std == "global":
+        return centred / (rewards.std(correction=0) + eps)
+    variance = torch.zeros_like(mean).index_add_(0, member, centred.square()) / count
+    return centred / (variance.sqrt()[member] + eps)
+
+
+def zero_std_fraction(rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]) -> float:
+    """Fraction of groups whose rewards are all equal: they teach a group-relative method nothing."""
+    values = [rewards[groups == group] for group in groups.unique()]
+    return sum(bool((value == value[0]).all()) for value in values) / len(values)

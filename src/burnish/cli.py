@@ -1,0 +1,296 @@
+"""The commands. Each reads its arguments and calls the library; nothing is decided or defaulted here.
+
+Imports stand inside the commands, so that `burnish --help` does not wait for torch.
+Exit codes: 0 done, 2 a mistake the user can mend (one line, no traceback), 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from burnish.errors import UserError
+
+# Boxes and colours are for eyes: a pipe or a log gets plain lines.
+app = typer.Typer(
+    help="Post-training for text-to-image diffusion and flow models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+)
+recipes_app = typer.Typer(help="The shipped recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `burnish recipes list`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as rollout.steps=8.")]
+Model = Annotated[str | None, typer.Option(help="A hub id, a directory, or package:module/path.")]
+Adapter = Annotated[Path | None, typer.Option(help="A directory with pytorch_lora_weights.safetensors.")]
+Prompts = Annotated[str | None, typer.Option(help="Prompts: a .txt or .jsonl file, or package:module/path.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first image.")]
+Output = Annotated[Path | None, typer.Option(help="Where to write.")]
+
+TRACEBACK = "--traceback"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command (of `sys.argv` if none is given) and exit with its code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = TRACEBACK in arguments  # at any place: it gets appended to the command that has just failed
+    try:
+        app([argument for argument in arguments if argument != TRACEBACK], prog_name="burnish")
+    except UserError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"burnish: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@app.callback()
+def options(
+    show_traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where an error comes from.")] = False,
+) -> None:
+    """`--traceback` is read by `main`, which outlives the command; here it gets its line in the help."""
+
+
+@app.command()
+def doctor() -> None:
+    """Show what burnish finds on this machine; exit with 2 if something is missing."""
+    missing = []
+    rows = [("python", f"{platform.python_version()} on {platform.platform()}"), *_packages(missing)]
+    if "torch" not in missing:
+        rows += _hardware()
+    _print_table(("", ""), rows + _package_data(missing))
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)}; reinstall with `pip install burnish`")
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms: what each needs, and its paper."""
+    from dataclasses import fields
+
+    from burnish.algorithms import ALGORITHMS
+
+    rows = [{field.name: getattr(row, field.name) for field in fields(row)} for row in ALGORITHMS.values()]
+    columns = [name for name, value in rows[0].items() if name != "name" and not callable(value)]
+    cells = [[name, *(_text(row[column]) for column in columns)] for name, row in zip(ALGORITHMS, rows, strict=True)]
+    _print_table(["algorithm", *columns], cells)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the shipped recipes."""
+    from burnish.config import list_recipes
+
+    _print_table(("recipe", "what it does"), list_recipes())
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A name from `burnish recipes list`.")],
+    destination: Annotated[Path, typer.Argument(help="The new file, or the directory for it.")] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    from burnish.config import find_recipe
+
+    source = find_recipe(name)
+    target = destination / source.name if destination.is_dir() else destination
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text("utf-8"))
+    except FileExistsError as error:
+        raise UserError(f"{target} is already there: give another name") from error
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    print(target)
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, output: Output = None) -> None:
+    """Train by a recipe; `key=value` settings change it."""
+    from burnish.config import override
+    from burnish.trainers import online
+
+    directory = [] if output is None else [override("output_dir", output)]
+    config = online.load(recipe, [*(overrides or ()), *directory])
+    online.train(config)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")]) -> None:
+    """Go on with a run that was stopped, from its last checkpoint."""
+    from burnish.trainers import online
+
+    online.resume(run)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT")],
+    model: Annotated[str, typer.Option(help="A hub id, a directory, or package:module/path.")],
+    output: Annotated[Path, typer.Option(help="The picture to write.")],
+    adapter: Adapter = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+) -> None:
+    """Draw one picture a prompt, side by side in one PNG."""
+    from burnish import evaluation
+
+    evaluation.sample_images(
+        model, prompts, output=output, **_given(adapter=adapter, seed=seed, steps=steps, guidance=guidance)
+    )
+    print(output)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
+    adapter: Adapter = None,
+    prompts: Prompts = None,
+    reward: Annotated[str | None, typer.Option(help="module:callable or file.py:callable.")] = None,
+    detector: Annotated[str | None, typer.Option(help="module:callable or file.py:callable.")] = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    output: Output = None,
+) -> None:
+    """Measure a model or a run on held-out prompts, by kind, with confidence intervals."""
+    from burnish import evaluation
+
+    settings = _given(
+        adapter=adapter,
+        prompts=prompts,
+        reward=reward,
+        detector=detector,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        output=output,
+    )
+    print(evaluation.evaluate(target, **settings))
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE")],
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    prompts: Prompts = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    output: Output = None,
+) -> None:
+    """Set a base model and a run side by side: the same prompts and seeds, as PNG and HTML."""
+    from burnish import evaluation
+
+    settings = _given(prompts=prompts, seed=seed, steps=steps, guidance=guidance, output=output)
+    print(evaluation.compare(base, run, **settings))
+
+
+@app.command()
+def demo(output: Output = None) -> None:
+    """See a small base model learn to follow its prompts, in minutes and without a GPU."""
+    from burnish import demo as demonstration
+
+    demonstration.run(**_given(output=output))
+
+
+@app.command()
+def bench(repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None) -> None:
+    """Time one SDE step with its log-prob on one thread."""
+    from burnish.bench import bench_sde_step
+
+    figures = bench_sde_step(**_given(repeats=repeats))
+    _print_table(("figure", "value"), [(name, _text(value)) for name, value in figures.items()])
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """What the user has set; the rest is left to the defaults of the library."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _packages(missing: list[str]) -> list[tuple[str, str]]:
+    rows = []
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            rows.append((package, "MISSING"))
+    return rows
+
+
+def _hardware() -> list[tuple[str, str]]:
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    preloaded = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
+    return [
+        ("devices", ", ".join([*devices, "cpu"])),
+        ("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        ("threads", f"{torch.get_num_threads()} for {os.cpu_count()} processors"),
+        ("disk here", f"{disk.free / 2**30:.1f} GiB free"),
+        ("jemalloc", "preloaded" if "jemalloc" in preloaded else "not preloaded (training on a CPU is slower)"),
+    ]
+
+
+def _package_data(missing: list[str]) -> list[tuple[str, str]]:
+    from burnish.config import list_recipes
+
+    shapes = Path(__file__).parent / "worlds" / "shapes"
+    checks: dict[str, Callable[[], Iterable[Any]]] = {
+        "recipes": list_recipes,
+        "shapes models": lambda: shapes.rglob("model_index.json"),
+        "shapes prompts": lambda: shapes.rglob("*.jsonl"),
+    }
+    rows = []
+    for name, check in checks.items():
+        try:
+            count = len(list(check()))
+        except UserError:  # no directory of recipes: one of the things this looks for
+            count = 0
+        rows.append((name, str(count) if count else "MISSING"))
+        missing += [] if count else [name]
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple | list | set | frozenset):
+        return ", ".join(map(_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A rich table on a terminal; aligned columns, whole and without decoration, anywhere else."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(*columns, box=None, show_header=any(columns))
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+        return
+    lines = [columns, *rows] if any(columns) else rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,17 @@
+"""Does the model do what it was trained for, and what did it give up for it."""
+
+from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, evaluate, wilson
+from burnish.evaluation.diversity import group_distance
+from burnish.evaluation.geneval import Verdict, geneval_verdict, relations
+
+__all__ = [
+    "Accuracy",
+    "Detector",
+    "Evaluation",
+    "Verdict",
+    "evaluate",
+    "geneval_verdict",
+    "group_distance",
+    "relations",
+    "wilson",
+]

@@ -1,0 +1,106 @@
+"""How many pictures show their prompt: sampled, detected, judged by GenEval's rules, reported by kind."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from burnish.errors import UserError
+from burnish.evaluation.geneval import Verdict, geneval_verdict
+from burnish.policies import Policy
+from burnish.rollout import sample
+
+# images [batch, 3, height, width] in [0, 1] -> for each image its detections, as `geneval_verdict` takes them
+Detector = Callable[[Tensor], list[list[dict[str, Any]]]]
+
+
+class Accuracy(NamedTuple):
+    """Fraction correct of `count` pictures, with its 95% Wilson interval."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """`images` [batch, 3, height, width] and a verdict for each, prompt by prompt, seeds innermost."""
+
+    prompts: tuple[str, ...]
+    kinds: tuple[str, ...]
+    seeds: tuple[int, ...]
+    images: Tensor
+    verdicts: tuple[Verdict, ...]
+
+    def by_kind(self) -> dict[str, Accuracy]:
+        """Accuracy of each kind, in the order in which the kinds appear."""
+        return {
+            kind: wilson([v.correct for v, k in zip(self.verdicts, self.kinds, strict=True) if k == kind])
+            for kind in dict.fromkeys(self.kinds)
+        }
+
+    def overall(self) -> float:
+        """GenEval's score: the mean over kinds of their accuracies."""
+        means = [accuracy.mean for accuracy in self.by_kind().values()]
+        return sum(means) / len(means)
+
+    def interval(self) -> tuple[float, float]:
+        """95% interval of `overall`: normal, from the kinds' binomial variances."""
+        kinds = self.by_kind().values()
+        variance = sum(a.mean * (1 - a.mean) / a.count for a in kinds) / len(kinds) ** 2
+        return max(0.0, self.overall() - 1.96 * variance**0.5), min(1.0, self.overall() + 1.96 * variance**0.5)
+
+    def row(self) -> dict[str, float]:
+        """The evaluation as metrics: `eval/accuracy`, its bounds, and `eval/accuracy/<kind>` with theirs."""
+        low, high = self.interval()
+        row = {"eval/accuracy": self.overall(), "eval/accuracy_low": low, "eval/accuracy_high": high}
+        for kind, accuracy in self.by_kind().items():
+            row |= {f"eval/accuracy/{kind}": accuracy.mean}
+            row |= {f"eval/accuracy_low/{kind}": accuracy.low, f"eval/accuracy_high/{kind}": accuracy.high}
+        return row
+
+
+def wilson(correct: Sequence[bool], z: float = 1.96) -> Accuracy:
+    """Accuracy with Wilson's score interval (Wilson 1927), which stays inside [0, 1] and is not empty at 0 or 1."""
+    count = len(correct)
+    mean = sum(correct) / count
+    centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    return Accuracy(mean, max(0.0, centre - half), min(1.0, centre + half), count)
+
+
+def evaluate(
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    detector: Detector,
+    *,
+    images_per_prompt: int = 4,  # GenEval's
+    steps: int = 40,  # Flow-GRPO's evaluation
+    guidance: float = 1.0,
+    seed: int = 43,  # GenEval's
+    batch_size: int = 64,
+) -> Evaluation:
+    """Sample `images_per_prompt` pictures of each prompt without noise in the steps, and judge them.
+
+    `prompts`: GenEval metadata (`prompt`, `tag`, `include`, ...). The seed of picture n is `seed + n`, the same for
+    every policy, so that two evaluations can be compared picture by picture. Raises UserError for a prompt without
+    `include`, which cannot be judged.
+    """
+    for number, metadata in enumerate(prompts, start=1):
+        if "include" not in metadata:
+            raise UserError(
+                f'evaluation prompt {number} ({metadata["prompt"]!r}) has no "include": give GenEval metadata, one '
+                'object a line with "tag", "prompt" and "include"'
+            )
+    asked = [metadata for metadata in prompts for _ in range(images_per_prompt)]
+    seeds = [seed + number for number in range(len(asked))]
+    texts = [metadata["prompt"] for metadata in asked]
+    rollout = sample(policy, texts, steps=steps, guidance=guidance, seeds=seeds, batch_size=batch_size)
+    images = policy.decode(rollout.latents)
+    found = detector(images)
+    verdicts = [geneval_verdict(detections, metadata) for detections, metadata in zip(found, asked, strict=True)]
+    kinds = [str(metadata.get("tag", "all")) for metadata in asked]
+    return Evaluation(tuple(texts), tuple(kinds), tuple(seeds), images.cpu(), tuple(verdicts))

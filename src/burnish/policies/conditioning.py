@@ -1,0 +1,53 @@
+"""What a network is told besides the latents: encoded prompts, cached, as tensors that index like a batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts and the encoded negative prompts that guidance moves away from.
+
+    Both map a family's own names (`prompt_embeds`, `pooled_prompt_embeds`, ...) to tensors [batch, ...].
+    """
+
+    positive: dict[str, Tensor]
+    negative: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
+
+    def __getitem__(self, index: slice | Tensor) -> "Conditioning":
+        """The conditioning of some samples; `index` is a slice or a [batch] tensor of positions."""
+        return Conditioning(
+            {name: tensor[index] for name, tensor in self.positive.items()},
+            {name: tensor[index] for name, tensor in self.negative.items()},
+        )
+
+    def guided(self) -> dict[str, Tensor]:
+        """Negative and positive branch as one batch of twice the size, negative first (diffusers' order)."""
+        return {name: torch.cat([self.negative[name], self.positive[name]]) for name in self.positive}
+
+
+class PromptCache:
+    """Encodes each prompt once and keeps the result for as long as the policy lives."""
+
+    def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 64) -> None:
+        self._encode = encode
+        self._batch_size = batch_size
+        self._rows: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors [batch, ...] for `prompts`, in their order."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        for start in range(0, len(missing), self._batch_size):
+            part = missing[start : start + self._batch_size]
+            encoded = self._encode(part)
+            for row, prompt in enumerate(part):
+                self._rows[prompt] = {name: tensor[row] for name, tensor in encoded.items()}
+        rows = [self._rows[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,191 @@
+"""A diffusers pipeline seen as a policy: what post-training needs of it, and nothing else.
+
+The pipeline stays genuine: its own scheduler gives the schedule, its own `encode_prompt` the conditioning, its own VAE
+the pictures, its own `save_lora_weights` the file. Only the network's LoRA is trained, in fp32 whatever the rest is in.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import peft
+import torch
+from annotated_types import Gt
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from burnish.policies.conditioning import Conditioning, PromptCache
+from burnish.processes import Grid, RectifiedFlow, VariancePreserving
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter that is trained. Defaults: Flow-GRPO for SD3.5-M, `scripts/train_sd3.py`."""
+
+    rank: Annotated[int, Gt(0)] = 32
+    alpha: Annotated[float, Gt(0)] = 64  # the adapter's output is scaled by alpha / rank
+    targets: Literal["attention", "all-linear"] = "attention"  # q, k, v, out (of both streams), or every linear layer
+
+
+class Policy(ABC):
+    """A pipeline's network under a LoRA, with its prompts, latents and pictures. Made by `load_policy`.
+
+    Latents are [batch, channels, height, width]; time is the process' own (flow: s from 1 to 0; DDPM: integer t).
+    """
+
+    attention_targets: tuple[str, ...]  # of the family's published LoRA recipes
+
+    def __init__(self, pipeline: DiffusionPipeline, process: RectifiedFlow | VariancePreserving) -> None:
+        self.pipeline: Any = pipeline
+        self.process = process
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext  # a trainer's mixed precision
+        self.decode_batch_size = 32
+        self.lora: LoraConfig | None = None
+        self._prompts = PromptCache(self._encode_prompts)
+
+    # What a family has to say of itself ------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The denoising network itself (UNet or transformer), never a wrapper."""
+
+    @abstractmethod
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _forward(self, x: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape of one latent for a picture of height x width pixels, or of the pipeline's default size."""
+
+    def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
+        """The times of a chain of `steps` steps, the pipeline's own for a picture of this size."""
+        return self.process.grid(steps)
+
+    # What post-training does with it ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights, in which the network is fed."""
+        return next(p for p in self.module.parameters() if not p.requires_grad).dtype
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Conditioning:
+        """Encode prompts (each only once in the policy's life); `negative` is "" unless given, for all or for each."""
+        negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+        return Conditioning(self._prompts(prompts), self._prompts(negatives))
+
+    def predict(
+        self,
+        x: Float[Tensor, "batch *latent"],
+        time: Float[Tensor, ""] | Float[Tensor, " batch"] | Any,
+        conditioning: Conditioning,
+        guidance: float = 1.0,
+        *,
+        detach_unconditional: bool = False,
+    ) -> Float[Tensor, "batch *latent"]:
+        """The network's prediction, with classifier-free guidance in one batch when `guidance` > 1.
+
+        `time`: scalar or [batch]. Guided: v_uncond + guidance (v_cond - v_uncond), as in diffusers;
+        `detach_unconditional` keeps gradients out of v_uncond (Flow-GRPO's code).
+        """
+        times = torch.as_tensor(time, device=x.device).expand(len(x))
+        with self.autocast():
+            if guidance <= 1:
+                return self._forward(x.to(self.dtype), times, conditioning.positive)
+            both = self._forward(torch.cat([x, x]).to(self.dtype), torch.cat([times, times]), conditioning.guided())
+        unconditional, conditional = both.chunk(2)
+        if detach_unconditional:
+            unconditional = unconditional.detach()
+        return unconditional + guidance * (conditional - unconditional)
+
+    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures in [0, 1], fp32, decoded in slices of `decode_batch_size`."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        slices = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(self.decode_batch_size)]
+        return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch *latent"]:
+        """Scaled latents of pictures in [0, 1]; a VAE with a posterior is sampled from with `generator`."""
+        vae = self.pipeline.vae
+        encoded = vae.encode((images * 2 - 1).to(vae.dtype))
+        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept."""
+        if self.lora is None:
+            raise ValueError("this policy has no adapter to switch off: load it with lora=LoraConfig(...)")
+        self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
+
+    @contextmanager
+    def weights(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, the trainable parameters hold `tensors` (an average, an older policy), and no gradient is kept.
+
+        The parameters' own storage is put back afterwards, untouched, so a graph built before stays valid.
+        """
+        own = {name: parameter.data for name, parameter in self.trainable().items()}
+        for name, parameter in self.trainable().items():
+            parameter.data = tensors[name].to(parameter.device, parameter.dtype)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for name, parameter in self.trainable().items():
+                parameter.data = own[name]
+
+    def add_lora(self, config: LoraConfig) -> None:
+        """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable."""
+        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        targets = linear if config.targets == "all-linear" else list(self.attention_targets)
+        self.module.add_adapter(  # pyright: ignore[reportCallIssue]
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+                init_lora_weights="gaussian",
+                target_modules=targets,
+            )
+        )
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()
+        self.lora = config
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads.
+
+        The factor alpha / rank is multiplied into B and the file says alpha = rank, so that readers which know
+        nothing of alpha scale the adapter rightly too.
+        """
+        if self.lora is None:
+            raise ValueError("this policy has no adapter to save: load it with lora=LoraConfig(...)")
+        state = peft.get_peft_model_state_dict(self.module)  # pyright: ignore[reportArgumentType]
+        scale = self.lora.alpha / self.lora.rank
+        state = {name: (t * scale if "lora_B" in name else t).detach().cpu().contiguous() for name, t in state.items()}
+        metadata = self.module.peft_config["default"].to_dict() | {"lora_alpha": self.lora.rank}  # pyright: ignore
+        self._save_lora(Path(directory), state, metadata)
+        return Path(directory)
+
+    @abstractmethod
+    def _save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None: ...

@@ -1,0 +1,171 @@
+"""Builds the world's models, untrained, as the parts of genuine diffusers pipelines."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from burnish.worlds.shapes.captions import vocabulary
+
+LATENT_SIZE, LATENT_CHANNELS = 8, 4
+MAX_TOKENS = 14  # the longest prompt has 10 words, and two tokens mark its ends
+TEXT_WIDTHS = (96, 32)
+FLOW_SHIFT = 1.0
+
+
+def build_vae() -> AutoencoderTiny:
+    """32 x 32 x 3 pixels to 8 x 8 x 4 latents of about unit variance, and back."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32),
+        num_encoder_blocks=(1, 2, 3),
+        num_decoder_blocks=(3, 2, 1),
+        latent_channels=LATENT_CHANNELS,
+    )
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that gives each word of the world one token and spells out any other."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)] + [",", "."]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in vocabulary():
+        # What the merges so far leave of the word is joined from the left. New merges rank last, so they cannot
+        # break a word that is whole already.
+        parts = _merged([*word[:-1], f"{word[-1]}</w>"], merges)
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = [parts[0] + parts[1], *parts[2:]]
+            pieces.append(parts[0])
+    return CLIPTokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, model_max_length=MAX_TOKENS
+    )
+
+
+def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding: join the pair of the lowest rank until none is left."""
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+        place = list(pairwise(parts)).index(min(pairs, key=ranks.__getitem__))
+        parts = [*parts[:place], parts[place] + parts[place + 1], *parts[place + 2 :]]
+    return parts
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=width // 16,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 that says nothing: its last norm is zero, so every token it gives is zero, as without a T5.
+
+    `DiffusionPipeline.from_pretrained(folder)` asks for a third encoder to be there.
+    """
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=sum(TEXT_WIDTHS), d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config)
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return encoder, tokenizer
+
+
+def build_flow(vae: AutoencoderTiny, patch: int = 2, layers: int = 6, heads: int = 4) -> StableDiffusion3Pipeline:
+    """An MMDiT of 6 x 128 on 8 x 8 latents in patches of 2 x 2, with two CLIP text encoders and no T5."""
+    tokenizer = build_tokenizer()
+    t5, t5_tokenizer = silent_t5()
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=patch,
+        in_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=sum(TEXT_WIDTHS),
+        caption_projection_dim=32 * heads,
+        pooled_projection_dim=sum(TEXT_WIDTHS),
+        out_channels=LATENT_CHANNELS,
+        pos_embed_max_size=LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        vae=vae,  # pyright: ignore[reportArgumentType]
+        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTHS[0])),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTHS[1])),
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5,
+        tokenizer_3=t5_tokenizer,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def build_ddpm(vae: AutoencoderTiny, text_weights: Mapping[str, Any]) -> StableDiffusionPipeline:
+    """A UNet of (64, 128) channels on the same latents and, frozen, the flow base's first text encoder."""
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(text_config(tokenizer, TEXT_WIDTHS[0]))
+    text_encoder.load_state_dict(
+        {name.removeprefix("text_model."): t for name, t in text_weights.items() if "text_projection" not in name}
+    )
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTHS[0],
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,  # pyright: ignore[reportArgumentType]
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+def parameter_count(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())

@@ -1,0 +1,310 @@
+"""What the command line itself does: parsing, messages, exit codes. The library behind it is replaced by stubs."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from burnish import cli, config
+from burnish.errors import UserError
+
+
+@pytest.fixture
+def burnish(capsys):
+    """Run a command; its exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Put functions in the place of a module's; returns the list of calls `(function, arguments, settings)`."""
+    calls = []
+
+    def replace(module: str, **functions):
+        stub = ModuleType(module)
+        for name, result in functions.items():
+
+            def call(*arguments, name=name, result=result, **settings):
+                calls.append((name, arguments, settings))
+                if isinstance(result, BaseException):
+                    raise result
+                return result
+
+            setattr(stub, name, call)
+        parent, _, child = module.rpartition(".")
+        if parent != "burnish":
+            monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+        monkeypatch.setattr(sys.modules[parent], child, stub, raising=False)
+        monkeypatch.setitem(sys.modules, module, stub)
+        return calls
+
+    return replace
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    directory = tmp_path / "shipped"
+    (directory / "shapes").mkdir(parents=True)
+    (directory / "shapes" / "demo.yaml").write_text("# The demo: 10 minutes — on 2 cores\nrounds: 1\n", "utf-8")
+    monkeypatch.setattr(config, "recipes_directory", lambda: directory)
+    monkeypatch.chdir(tmp_path)
+    return directory
+
+
+# starting
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    program = (
+        "import sys; from burnish.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print({'torch', 'diffusers', 'pydantic', 'omegaconf'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "set()")
+    listed = done.stdout.split("Commands:")[1]
+    commands = ["doctor", "algorithms", "recipes", "train", "resume", "sample", "evaluate", "compare", "demo", "bench"]
+    assert all(f"\n  {command} " in listed for command in commands)
+    assert done.stdout.isascii()  # no boxes in a pipe
+
+
+def test_python_m_burnish():
+    done = subprocess.run(
+        [sys.executable, "-m", "burnish", "trian"],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert "trian" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train"],
+        ["train", "x.yaml", "--oups"],
+        ["resume"],
+        ["sample", "a cat", "--model", "m"],
+        ["sample", "--model", "m", "--output", "o.png"],
+        ["sample", "a cat", "--model", "m", "--output", "o.png", "--steps", "0"],
+        ["evaluate", "m", "--guidance", "high"],
+        ["compare", "base"],
+        ["bench", "--repeats", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(burnish, arguments):
+    code, out, err = burnish(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+
+
+# endings
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_user_error_is_one_line_and_traceback_shows_more(burnish, library, position):
+    library("burnish.trainers.online", resume=UserError("runs/a: no such run"))
+    arguments = ["resume", "runs/a"]
+    expected = "burnish: runs/a: no such run\n"
+    assert burnish(*arguments) == (2, "", expected)
+    arguments.insert(position, "--traceback")
+    code, _, err = burnish(*arguments)
+    assert code == 2
+    assert err.startswith("Traceback")
+    assert err.endswith(expected)
+
+
+def test_ctrl_c_exits_with_130(burnish, library):
+    library("burnish.trainers.online", resume=KeyboardInterrupt())
+    assert burnish("resume", "runs/a")[0] == 130
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_the_code_of_a_stopped_training_is_kept(burnish, library, code):
+    library("burnish.trainers.online", resume=SystemExit(code))
+    assert burnish("resume", "runs/a")[0] == code
+
+
+def test_other_errors_are_not_hidden(library):
+    library("burnish.trainers.online", resume=RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["resume", "runs/a"])
+
+
+# commands: what they ask of the library
+
+
+def test_train(burnish, library):
+    calls = library("burnish.trainers.online", load="the config", train=None)
+    assert burnish("train", "shapes/demo", "rounds=3", "update.learning_rate=1e-4")[0] == 0
+    assert calls == [
+        ("load", ("shapes/demo", ["rounds=3", "update.learning_rate=1e-4"]), {}),
+        ("train", ("the config",), {}),
+    ]
+
+
+@pytest.mark.parametrize("directory", ["runs/a", "2024", "1e-4", 'a "b": c', "null", "é😀", "${seed}", "a: b"])
+def test_output_of_train_stays_a_string(burnish, library, recipes, directory):
+    calls = library("burnish.trainers.online", load=None, train=None)
+    assert burnish("train", "shapes/demo", "--output", directory, "seed=1")[0] == 0
+    assert config.read_recipe(*calls[0][1]) == {"rounds": 1, "seed": 1, "output_dir": directory}
+
+
+def test_resume(burnish, library):
+    calls = library("burnish.trainers.online", resume=None)
+    assert burnish("resume", "runs/a")[0] == 0
+    assert calls == [("resume", (Path("runs/a"),), {})]
+
+
+def test_only_what_is_given_reaches_the_library(burnish, library):
+    calls = library("burnish.evaluation", sample_images=None, evaluate="a report", compare="a comparison")
+    assert burnish("sample", "a cat", "a dog", "--model", "m", "--output", "o.png") == (0, "o.png\n", "")
+    assert burnish("evaluate", "m") == (0, "a report\n", "")
+    assert burnish("compare", "m", "runs/a") == (0, "a comparison\n", "")
+    assert calls == [
+        ("sample_images", ("m", ["a cat", "a dog"]), {"output": Path("o.png")}),
+        ("evaluate", ("m",), {}),
+        ("compare", ("m", Path("runs/a")), {}),
+    ]
+
+
+def test_every_option_reaches_the_library(burnish, library):
+    calls = library("burnish.evaluation", sample_images=None, evaluate=None, compare=None)
+    drawing = ["--seed", "0", "--steps", "4", "--guidance", "1"]
+    drawn = {"seed": 0, "steps": 4, "guidance": 1.0}
+    assert burnish("sample", "a", "--model", "m", "--output", "o.png", "--adapter", "d", *drawing)[0] == 0
+    measured = ["--prompts", "p.txt", "--output", "o"]
+    scorers = ["--adapter", "d", "--reward", "a:b", "--detector", "c.py:d"]
+    assert burnish("evaluate", "m", *measured, *scorers, *drawing)[0] == 0
+    assert burnish("compare", "m", "r", *measured, *drawing)[0] == 0
+    common = {"prompts": "p.txt", "output": Path("o"), **drawn}
+    assert [settings for _, _, settings in calls] == [
+        {"output": Path("o.png"), "adapter": Path("d"), **drawn},
+        {"adapter": Path("d"), "reward": "a:b", "detector": "c.py:d", **common},
+        common,
+    ]
+
+
+def test_demo(burnish, library):
+    calls = library("burnish.demo", run=None)
+    assert burnish("demo", "--output", "runs/demo")[0] == 0
+    assert burnish("demo")[0] == 0
+    assert calls == [("run", (), {"output": Path("runs/demo")}), ("run", (), {})]
+
+
+def test_bench(burnish, library):
+    calls = library("burnish.bench", bench_sde_step={"median_ms": 0.512345, "repeats": 3})
+    assert burnish("bench", "--repeats", "3") == (0, "figure     value\nmedian_ms  0.5123\nrepeats    3\n", "")
+    assert calls == [("bench_sde_step", (), {"repeats": 3})]
+
+
+def test_algorithms(burnish, library, monkeypatch):
+    @dataclass(frozen=True)
+    class Row:
+        name: str
+        objective: object
+        needs: tuple[str, ...]
+        paper: str
+
+    library("burnish.algorithms")
+    rows = {"flow_grpo": Row("Flow-GRPO", print, ("flow", "reward"), "2505.05470"), "sft": Row("SFT", print, (), "-")}
+    monkeypatch.setattr(sys.modules["burnish.algorithms"], "ALGORITHMS", rows, raising=False)
+    lines = ["algorithm  needs         paper", "flow_grpo  flow, reward  2505.05470", "sft                      -"]
+    assert burnish("algorithms") == (0, "\n".join(lines) + "\n", "")
+
+
+def test_recipes_list(burnish, recipes):
+    lines = ["recipe       what it does", "shapes/demo  The demo: 10 minutes — on 2 cores"]
+    assert burnish("recipes", "list") == (0, "\n".join(lines) + "\n", "")
+
+
+def test_recipes_copy_never_overwrites(burnish, recipes, tmp_path):
+    original = (recipes / "shapes" / "demo.yaml").read_bytes()
+    assert burnish("recipes", "copy", "shapes/demo") == (0, "demo.yaml\n", "")
+    assert burnish("recipes", "copy", "shapes/demo", "mine.yaml")[0] == 0
+    assert (tmp_path / "demo.yaml").read_bytes() == (tmp_path / "mine.yaml").read_bytes() == original
+    (tmp_path / "mine.yaml").write_text("changed")
+    assert burnish("recipes", "copy", "shapes/demo", "mine.yaml") == (
+        2, "", "burnish: mine.yaml is already there: give another name\n"
+    )  # fmt: skip
+    assert (tmp_path / "mine.yaml").read_text() == "changed"
+    code, _, err = burnish("recipes", "copy", "shapes/demo", "nowhere/mine.yaml")
+    assert (code, err) == (2, "burnish: cannot write nowhere/mine.yaml: No such file or directory\n")
+    assert burnish("recipes", "copy", "shapes/dmeo")[2].endswith("did you mean shapes/demo?\n")
+
+
+# doctor
+
+
+@pytest.fixture
+def complete(recipes, tmp_path, monkeypatch):
+    """An installation with all of its data."""
+    shapes = tmp_path / "worlds" / "shapes"
+    (shapes / "models" / "flow").mkdir(parents=True)
+    (shapes / "models" / "flow" / "model_index.json").write_text("{}")
+    (shapes / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    return shapes
+
+
+def test_doctor(burnish, complete, monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
+    code, out, err = burnish("doctor")
+    assert (code, err) == (0, "")
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        assert shown[package] == importlib.metadata.version(package)
+    assert shown["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
+    assert shown["devices"].endswith("cpu")
+    assert shown["jemalloc"] == "preloaded"
+    assert {"memory", "threads", "disk"} <= set(shown)
+    assert "MISSING" not in out
+
+
+def test_doctor_names_what_is_missing(burnish, complete, recipes, monkeypatch):
+    found = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "peft":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return found(package)
+
+    def no_recipes() -> Path:
+        raise UserError("no recipes")
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(config, "recipes_directory", no_recipes)
+    (complete / "prompts.jsonl").unlink()
+    monkeypatch.setenv("LD_PRELOAD", "")
+    code, out, err = burnish("doctor")
+    assert code == 2
+    expected = "burnish: missing: peft, recipes, shapes prompts; reinstall with `pip install burnish`\n"
+    assert err == expected
+    assert out.count("MISSING") == 3
+    assert "not preloaded" in out
+
+
+# tables
+
+
+def test_a_table_on_a_terminal_shows_brackets_as_they_are(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    cli._print_table(("figure", "value"), [("[bold]a", "1")])
+    assert "[bold]a" in capsys.readouterr().out
