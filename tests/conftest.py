@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import random
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -24,3 +25,43 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # what libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(tmp_path_factory) -> Path:
+    """The folder of a genuine, untrained flow pipeline of a few hundred kilobytes."""
+    from burnish.worlds.shapes import pipelines
+
+    folder = tmp_path_factory.mktemp("models") / "flow"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipelines.build_flow(pipelines.build_vae(), patch=4, layers=1, heads=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_flow, tmp_path_factory) -> str:
+    """A recipe of a second's training on `tiny_flow`: pictures are rewarded for being red. Add `output_dir: ...`."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\na green cross\na red square\n")
+    (folder / "red.py").write_text(
+        "def red(images, prompts, metadata):\n"
+        "    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+    )
+    return f"""
+algorithm: diffusion_nft
+model: {tiny_flow}
+prompts: {folder / "prompts.txt"}
+reward: {folder / "red.py"}:red
+rounds: 2
+prompts_per_round: 4
+num_generations: 4
+updates_per_round: 1
+batch_size: 8
+lora: {{rank: 4, alpha: 4, targets: all-linear}}
+rollout: {{steps: 3, guidance: 1.0, sampler: sde}}
+objective: {{kl_weight: 0.02}}
+update: {{learning_rate: 1.0e-3, ema_decay: 0.0}}
+evaluation: {{steps: 3}}
+report_to: []
+"""

@@ -76,7 +76,19 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "set()")
     listed = done.stdout.split("Commands:")[1]
-    commands = ["doctor", "algorithms", "recipes", "train", "resume", "sample", "evaluate", "compare", "demo", "bench"]
+    commands = [
+        "doctor",
+        "algorithms",
+        "recipes",
+        "train",
+        "resume",
+        "sample",
+        "evaluate",
+        "compare",
+        "report",
+        "demo",
+        "bench",
+    ]
     assert all(f"\n  {command} " in listed for command in commands)
     assert done.stdout.isascii()  # no boxes in a pipe
 
@@ -174,39 +186,44 @@ def test_resume(burnish, library):
 
 
 def test_only_what_is_given_reaches_the_library(burnish, library):
-    calls = library("burnish.evaluation", sample_images=None, evaluate="a report", compare="a comparison")
+    calls = library("burnish.pipeline", sample_images=Path("o.png"), evaluate_target=None, compare=None)
     assert burnish("sample", "a cat", "a dog", "--model", "m", "--output", "o.png") == (0, "o.png\n", "")
-    assert burnish("evaluate", "m") == (0, "a report\n", "")
-    assert burnish("compare", "m", "runs/a") == (0, "a comparison\n", "")
+    assert burnish("evaluate", "m") == (0, "", "")
+    assert burnish("compare", "m", "runs/a") == (0, "", "")
     assert calls == [
         ("sample_images", ("m", ["a cat", "a dog"]), {"output": Path("o.png")}),
-        ("evaluate", ("m",), {}),
+        ("evaluate_target", ("m",), {}),
         ("compare", ("m", Path("runs/a")), {}),
     ]
 
 
 def test_every_option_reaches_the_library(burnish, library):
-    calls = library("burnish.evaluation", sample_images=None, evaluate=None, compare=None)
-    drawing = ["--seed", "0", "--steps", "4", "--guidance", "1"]
-    drawn = {"seed": 0, "steps": 4, "guidance": 1.0}
+    calls = library("burnish.pipeline", sample_images=None, evaluate_target=None, compare=None)
+    drawing = ["--seed", "0", "--steps", "4", "--guidance", "1", "--images-per-prompt", "2"]
+    drawn = {"seed": 0, "steps": 4, "guidance": 1.0, "images_per_prompt": 2}
     assert burnish("sample", "a", "--model", "m", "--output", "o.png", "--adapter", "d", *drawing)[0] == 0
-    measured = ["--prompts", "p.txt", "--output", "o"]
-    scorers = ["--adapter", "d", "--reward", "a:b", "--detector", "c.py:d"]
-    assert burnish("evaluate", "m", *measured, *scorers, *drawing)[0] == 0
+    measured = ["--prompts", "p.txt", "--detector", "c.py:d", "--output", "o"]
+    assert burnish("evaluate", "m", "--adapter", "d", *measured, *drawing)[0] == 0
     assert burnish("compare", "m", "r", *measured, *drawing)[0] == 0
-    common = {"prompts": "p.txt", "output": Path("o"), **drawn}
+    common = {"prompts": "p.txt", "detector": "c.py:d", "output": Path("o"), **drawn}
     assert [settings for _, _, settings in calls] == [
         {"output": Path("o.png"), "adapter": Path("d"), **drawn},
-        {"adapter": Path("d"), "reward": "a:b", "detector": "c.py:d", **common},
+        {"adapter": Path("d"), **common},
         common,
     ]
 
 
+def test_report(burnish, library):
+    calls = library("burnish.report", write_report=Path("runs/a/report.html"))
+    assert burnish("report", "runs/a") == (0, "runs/a/report.html\n", "")
+    assert calls == [("write_report", (Path("runs/a"),), {})]
+
+
 def test_demo(burnish, library):
-    calls = library("burnish.demo", run=None)
+    calls = library("burnish.pipeline", demo=None)
     assert burnish("demo", "--output", "runs/demo")[0] == 0
     assert burnish("demo")[0] == 0
-    assert calls == [("run", (), {"output": Path("runs/demo")}), ("run", (), {})]
+    assert calls == [("demo", (), {"output": Path("runs/demo")}), ("demo", (), {})]
 
 
 def test_bench(burnish, library):

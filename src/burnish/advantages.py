@@ -23,11 +23,15 @@ def group_relative(
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     _, member = groups.unique(return_inverse=True)
     count = torch.bincount(member)
-    mean = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device).index_add_(0, member, rewards) / count
-    centred = rewards - mean[member]
+    zeros = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device)
+    # Measured from the group's best, equal rewards are exact zeros: a mean's rounding error over eps would be no small
+    # advantage where rewards are large.
+    below_best = rewards - zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
+    mean = zeros.index_add(0, member, below_best) / count
+    centred = below_best - mean[member]
     if std == "global":
         return centred / (rewards.std(correction=0) + eps)
-    variance = torch.zeros_like(mean).index_add_(0, member, centred.square()) / count
+    variance = zeros.index_add(0, member, centred.square()) / count
     return centred / (variance.sqrt()[member] + eps)
 
 

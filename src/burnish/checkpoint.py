@@ -246,7 +246,7 @@ def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return {"~tensor": name}
     if kind is np.ndarray or isinstance(value, np.generic):
         try:
-            tensor = torch.from_numpy(np.array(value, order="C"))
+            tensor = torch.from_numpy(np.array(value))
         except (TypeError, ValueError) as error:  # strings, objects, the other byte order
             raise TypeError(f"{where}: cannot store a numpy value of dtype {value.dtype} in a checkpoint") from error
         return {"~array" if kind is np.ndarray else "~scalar": _encode(tensor, where, tensors)}

@@ -31,12 +31,13 @@ app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `burnish recipes list`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as rollout.steps=8.")]
-Model = Annotated[str | None, typer.Option(help="A hub id, a directory, or package:module/path.")]
 Adapter = Annotated[Path | None, typer.Option(help="A directory with pytorch_lora_weights.safetensors.")]
 Prompts = Annotated[str | None, typer.Option(help="Prompts: a .txt or .jsonl file, or package:module/path.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the first image.")]
+Detector = Annotated[str | None, typer.Option(help="module:callable or file.py:callable.")]
+Each = Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt.")]
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
 
 TRACEBACK = "--traceback"
@@ -45,6 +46,7 @@ TRACEBACK = "--traceback"
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command (of `sys.argv` if none is given) and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells of missing torchvision when it is imported
     show_traceback = TRACEBACK in arguments  # at any place: it gets appended to the command that has just failed
     try:
         app([argument for argument in arguments if argument != TRACEBACK], prog_name="burnish")
@@ -138,20 +140,19 @@ def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's di
 @app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT")],
-    model: Annotated[str, typer.Option(help="A hub id, a directory, or package:module/path.")],
+    model: Annotated[str, typer.Option(help="A run, a hub id, a directory, or package:module/path.")],
     output: Annotated[Path, typer.Option(help="The picture to write.")],
     adapter: Adapter = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    images_per_prompt: Each = None,
 ) -> None:
-    """Draw one picture a prompt, side by side in one PNG."""
-    from burnish import evaluation
+    """Draw pictures, a row for each prompt, in one PNG."""
+    from burnish import pipeline
 
-    evaluation.sample_images(
-        model, prompts, output=output, **_given(adapter=adapter, seed=seed, steps=steps, guidance=guidance)
-    )
-    print(output)
+    settings = _given(adapter=adapter, seed=seed, steps=steps, guidance=guidance, images_per_prompt=images_per_prompt)
+    print(pipeline.sample_images(model, prompts, output=output, **settings))
 
 
 @app.command()
@@ -159,52 +160,70 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
     adapter: Adapter = None,
     prompts: Prompts = None,
-    reward: Annotated[str | None, typer.Option(help="module:callable or file.py:callable.")] = None,
-    detector: Annotated[str | None, typer.Option(help="module:callable or file.py:callable.")] = None,
+    detector: Detector = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    output: Output = None,
+    images_per_prompt: Each = None,
+    output: Annotated[Path | None, typer.Option(help="A directory for evaluation.json and evaluation.png.")] = None,
 ) -> None:
     """Measure a model or a run on held-out prompts, by kind, with confidence intervals."""
-    from burnish import evaluation
+    from burnish import pipeline
 
     settings = _given(
         adapter=adapter,
         prompts=prompts,
-        reward=reward,
         detector=detector,
         seed=seed,
         steps=steps,
         guidance=guidance,
+        images_per_prompt=images_per_prompt,
         output=output,
     )
-    print(evaluation.evaluate(target, **settings))
+    pipeline.evaluate_target(target, **settings)
 
 
 @app.command()
 def compare(
-    base: Annotated[str, typer.Argument(metavar="BASE")],
-    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A model or a run; `base`: what RUN started from.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
     prompts: Prompts = None,
+    detector: Detector = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
-    output: Output = None,
+    images_per_prompt: Each = None,
+    output: Annotated[Path | None, typer.Option(help="A directory for compare.png and compare.html.")] = None,
 ) -> None:
     """Set a base model and a run side by side: the same prompts and seeds, as PNG and HTML."""
-    from burnish import evaluation
+    from burnish import pipeline
 
-    settings = _given(prompts=prompts, seed=seed, steps=steps, guidance=guidance, output=output)
-    print(evaluation.compare(base, run, **settings))
+    settings = _given(
+        prompts=prompts,
+        detector=detector,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        images_per_prompt=images_per_prompt,
+        output=output,
+    )
+    pipeline.compare(base, run, **settings)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")]) -> None:
+    """Write a run's report.html anew, also while it goes on."""
+    from burnish import report as reporting
+
+    print(reporting.write_report(run))
 
 
 @app.command()
 def demo(output: Output = None) -> None:
     """See a small base model learn to follow its prompts, in minutes and without a GPU."""
-    from burnish import demo as demonstration
+    from burnish import pipeline
 
-    demonstration.run(**_given(output=output))
+    pipeline.demo(**_given(output=output))
 
 
 @app.command()

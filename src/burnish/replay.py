@@ -6,7 +6,7 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Gt, Le
@@ -20,6 +20,7 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 Objective = Callable[..., Loss]
 
 
+@runtime_checkable  # for beartype, under test
 class Replay(Protocol):
     """`keep`: what the rollout stores. `calls`: how many losses `losses` yields for a chain of `steps` steps."""
 
@@ -69,7 +70,8 @@ class StoredTransitions:
         objective: Objective,
     ) -> Iterator[Loss]:
         trajectory, old_log_probs = rollout.trajectory, rollout.log_probs
-        assert trajectory is not None and old_log_probs is not None
+        assert trajectory is not None
+        assert old_log_probs is not None
         wants_kl = bool(getattr(objective, "keywords", {}).get("kl_weight"))
         for index in range(self.calls(rollout.grid.steps)):
             x, x_next = trajectory[:, index], trajectory[:, index + 1]

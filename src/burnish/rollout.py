@@ -88,7 +88,9 @@ def sample(
     pipeline. keep="trajectory" needs a sampler with noise: without it there is no density to score.
     """
     if len(prompts) != len(seeds) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each of at least one prompt")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each of at least one prompt"
+        )
     process = policy.process
     sampler = process.deterministic if sampler is None else sampler
     noisy = sampler != process.deterministic

@@ -33,7 +33,7 @@ def load_prompts(source: str | Path) -> list[dict[str, Any]]:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"prompts {source}, line {line}: not UTF-8 text: save the file as UTF-8") from error
     # Not splitlines(): it also splits at characters that may stand inside a prompt, such as U+2028.
-    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = text.removesuffix("\n").split("\n")
     if lines == [""]:
         raise UserError(f"prompts {source}: the file is empty: it needs at least one prompt")
     rows = []

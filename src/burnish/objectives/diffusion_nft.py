@@ -5,8 +5,8 @@ r"""DiffusionNFT: online RL on the forward process, by contrast with the policy 
     r   = clip( A / (2 advantage_clip) + 1/2, 0, 1 )
     loss = advantage_clip mean( r L+ / beta + (1 - r) L- / beta ) + kl_weight mean( (v - v_ref)^2 )
 
-A good sample (r = 1) is fitted by v itself; a bad one (r = 0) by v's mirror image at v_old, which pushes v away from it.
-With A = 0 the two pulls cancel at v = v_old up to their weights. No SDE, no log-probability, no trajectory is needed.
+A good sample (r = 1) is fitted by v itself; a bad one (r = 0) by v's mirror image at v_old, which pushes v away from
+it. At v = v_old the pulls of a sample with A = 0 cancel. No SDE, no log-probability, no trajectory is needed.
 Shapes: predictions, x, x0 [batch, *latent]; s, advantages [batch].
 Units:  loss in units of |x0|; kl in units of v^2 per latent element, not nats.
 Reference: Zheng et al. 2025, DiffusionNFT, https://arxiv.org/abs/2509.16117; NVlabs/DiffusionNFT
@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Latent, Vector, Scalar = Float[Tensor, "batch *latent"], Float[Tensor, " batch"], Float[Tensor, ""]
+Latent = Float[Tensor, "batch *latent"]
+Vector = Float[Tensor, " batch"]
+Scalar = Float[Tensor, ""]
 
 
 def diffusion_nft(
@@ -35,7 +37,8 @@ def diffusion_nft(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and reference_prediction is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_prediction: pass it, or set kl_weight=0")
-    v, old = prediction.float(), old_prediction.detach().float()
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    v, old = prediction.to(dtype), old_prediction.detach().to(dtype)
     time = s.view(-1, *[1] * (x.ndim - 1))
     positive, negative = beta * v + (1 - beta) * old, (1 + beta) * old - beta * v
 
@@ -54,5 +57,5 @@ def diffusion_nft(
     }
     if reference_prediction is None:
         return policy_loss, metrics
-    kl = (v - reference_prediction.detach().float()).square().mean()
+    kl = (v - reference_prediction.detach().to(dtype)).square().mean()
     return policy_loss + kl_weight * kl, metrics | {"kl": kl.detach()}

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Vector, Scalar = Float[Tensor, " batch"], Float[Tensor, ""]
+Vector = Float[Tensor, " batch"]
+Scalar = Float[Tensor, ""]
 
 
 def flow_grpo(

@@ -1,14 +1,16 @@
 """Exact shortcut for SD3 without its T5 encoder.
 
 Without T5 the pipeline appends `max_sequence_length` (256) zero tokens to the prompt. SD3 gives its text tokens no
-positions, so these tokens stay identical to each other in every layer, and attending to n identical keys is attending to
-one of them whose logit is raised by log n. The folded network therefore sees one zero token and a bias on its key: the
-same function, up to rounding, at a fraction of the cost.
+positions, so these tokens stay identical to each other in every layer, and attending to n identical keys is attending
+to one of them whose logit is raised by log n. The folded network therefore sees one zero token and a bias on its key:
+the same function, up to rounding, at a fraction of the cost.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,15 +24,15 @@ class FoldedJointAttention(JointAttnProcessor2_0):
 
     def __call__(
         self,
-        attn: Attention,
-        hidden_states: Float[Tensor, "batch image width"],
-        encoder_hidden_states: Float[Tensor, "batch text width"] | None = None,
-        attention_mask: Tensor | None = None,
+        attn: Any,  # diffusers' Attention
+        hidden_states: Any,  # [batch, image tokens, width]
+        encoder_hidden_states: Any = None,  # [batch, text tokens, width]; None in an image-only block of SD3.5
+        attention_mask: Any = None,
         *args: object,
         key_bias: Float[Tensor, " keys"] | None = None,
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if key_bias is None or encoder_hidden_states is None:  # stock call, or an image-only block of SD3.5
+        if key_bias is None or encoder_hidden_states is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         image_tokens = hidden_states.shape[1]
 
@@ -70,8 +72,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, bias[None, None, None])
 
 
-def key_bias(image_tokens: int, text_tokens: int, repeats: int, **options: object) -> Float[Tensor, " keys"]:
+def key_bias(image_tokens: int, text_tokens: int, repeats: int, **options: Any) -> Float[Tensor, " keys"]:
     """The bias for `image_tokens` + `text_tokens` keys, the last of which stands for `repeats` tokens; [keys]."""
-    bias = torch.zeros(image_tokens + text_tokens, **options)  # pyright: ignore[reportArgumentType]
+    bias = torch.zeros(image_tokens + text_tokens, **options)
     bias[-1] = torch.tensor(float(repeats)).log()
     return bias

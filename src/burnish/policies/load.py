@@ -1,12 +1,16 @@
 """From a hub id, a folder or a loaded pipeline to a policy; the family is found from the pipeline's class."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from burnish.data import resolve
 from burnish.errors import UserError
@@ -36,11 +40,12 @@ def load_policy(
     family = FAMILIES.get(type(pipeline))
     if family is None:
         known = ", ".join(one.__name__ for one in FAMILIES)
-        raise UserError(f"{model}: burnish does not train a {type(pipeline).__name__}; it trains {known}")
+        where = "" if pipeline is model else f"{model}: "  # a pipeline prints as pages
+        raise UserError(f"{where}burnish does not train a {type(pipeline).__name__}; it trains {known}")
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval().to(device)
-    policy = family(pipeline)
+    policy = family(pipeline)  # pyright: ignore[reportCallIssue]: a family knows its process
     if lora is not None:
         policy.add_lora(lora)
     return policy
@@ -56,9 +61,28 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionP
             raise UserError(f"{source}: no such folder; give a hub id, or a folder that holds a diffusers pipeline")
         if not (path / "model_index.json").is_file():
             raise UserError(f"{source}: holds no model_index.json, so it is not a diffusers pipeline")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    keyword = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"  # the latter is on its way out
     try:
-        return DiffusionPipeline.from_pretrained(str(path) if looks_local else source, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+        folder = path if looks_local else DiffusionPipeline.download(source)  # a download shows its progress
+        with quietly():
+            return DiffusionPipeline.from_pretrained(str(folder), **{keyword: dtype})
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: of model_index.json
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: cannot be loaded as a diffusers pipeline ({reason})") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, diffusers and transformers report errors only and draw no bars."""
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

@@ -42,7 +42,7 @@ class Policy(ABC):
     def __init__(self, pipeline: DiffusionPipeline, process: RectifiedFlow | VariancePreserving) -> None:
         self.pipeline: Any = pipeline
         self.process = process
-        self.autocast: Callable[[], AbstractContextManager] = nullcontext  # a trainer's mixed precision
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # a trainer's mixed precision
         self.decode_batch_size = 32
         self.lora: LoraConfig | None = None
         self._prompts = PromptCache(self._encode_prompts)

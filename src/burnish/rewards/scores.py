@@ -48,7 +48,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
                 f"reward {name}: {part} is {values[worst].item()} for prompt {prompts[worst]!r}; "
                 "a reward must be finite for every picture"
             )
-    return Scores(scores.total.detach().float(), {part: values.detach().float() for part, values in scores.parts.items()})
+    return Scores(
+        scores.total.detach().float(), {part: values.detach().float() for part, values in scores.parts.items()}
+    )
 
 
 def load_callable(source: str, what: str = "reward") -> Callable[..., Any]:
@@ -69,7 +71,7 @@ def load_callable(source: str, what: str = "reward") -> Callable[..., Any]:
     else:
         try:
             module = importlib.import_module(place)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise UserError(f"{what} {source}: module {place} cannot be imported ({error})") from error
     found = getattr(module, name, None)
     if not callable(found):

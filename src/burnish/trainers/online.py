@@ -73,13 +73,13 @@ class OnlineConfig:
     batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     weight_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
-    lora: LoraConfig = LoraConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantages: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
-    update: UpdateConfig = UpdateConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sample_every: Annotated[int, Gt(0)] = 20  # rounds between two sample grids
     checkpoint_every: Annotated[int, Gt(0)] = 20  # rounds
     checkpoint_keep: Annotated[int, Gt(0)] = 3
@@ -138,6 +138,10 @@ class Session:
     detector: Callable[..., Any] | None
     run: Run
     round: int = 0
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        """`values` [share, ...] of every process, one after the other, on every process."""
+        return self.accelerator.gather(values.to(self.accelerator.device))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -222,11 +226,13 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
             session.round += 1
             progress.log(session.round, metrics | look(session))
             last = session.round == config.rounds
-            if last or stop.requested or session.round % config.checkpoint_every == 0:
+            # Agreed on, because a signal reaches the processes at different moments, maybe in different rounds.
+            asked = int(session.everywhere(torch.tensor([stop.requested or 0])).max())
+            if last or asked or session.round % config.checkpoint_every == 0:
                 run.save(session.round, session.state(), config.checkpoint_keep)
-            if stop.requested and not last:
+            if asked and not last:
                 progress.say(f"stopped after round {session.round}; go on with `burnish resume {run.directory}`")
-                raise SystemExit(stop.requested)
+                raise SystemExit(asked)
         if run.writes:
             with session.policy.weights(session.update.evaluated()):
                 run.publish(session.policy.save(run.clear_aside()))
@@ -255,8 +261,7 @@ def one_round(session: Session) -> dict[str, float]:
         images = policy.decode(rollout.latents)
     clock.append(time.perf_counter())
     scores = score(session.reward, images, rollout.prompts, batch.prompts)
-    rewards = accelerator.gather(scores.total.to(accelerator.device))
-    groups = accelerator.gather(batch.groups.to(accelerator.device))
+    rewards, groups = session.everywhere(scores.total), session.everywhere(batch.groups)
     advantages = group_relative(rewards, groups, **config.advantages)
     mine = advantages.chunk(accelerator.num_processes)[accelerator.process_index]
     clock.append(time.perf_counter())
@@ -266,14 +271,15 @@ def one_round(session: Session) -> dict[str, float]:
         session.behaviour[name].lerp_(parameter.detach(), 1 - decay)
     policy.autocast = nullcontext  # pictures to look at, and evaluation, are in full precision
     clock.append(time.perf_counter())
-    parts = {name: accelerator.gather(part.to(accelerator.device)) for name, part in scores.parts.items()}
+    parts = {name: session.everywhere(part) for name, part in scores.parts.items()}
+    everyone = groups.cpu()
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
         **{f"rewards/{name}/mean": part.mean().item() for name, part in parts.items()},
         "frac_reward_zero_std": zero_std_fraction(rewards, groups),
-        "diversity/pixels": group_distance(images.cpu(), batch.groups).item(),
-        "diversity/latents": group_distance(rollout.latents.cpu(), batch.groups).item(),
+        "diversity/pixels": group_distance(session.everywhere(images).cpu(), everyone).item(),
+        "diversity/latents": group_distance(session.everywhere(rollout.latents).cpu(), everyone).item(),
         **metrics,
         **{f"seconds/{stage}": clock[n + 1] - clock[n] for n, stage in enumerate(("rollout", "reward", "update"))},
     }
@@ -303,8 +309,10 @@ def learn(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str, f
                 for name, value in {"loss": loss.detach(), **metrics}.items():
                     sums[name] = sums.get(name, 0.0) + value
         stepped = session.update.step()
-    first = {"ratio/first_deviation": float(sums.pop("ratio/first_deviation"))}
-    return {name: float(value) / losses for name, value in sums.items()} | first | stepped
+    first = session.everywhere(sums.pop("ratio/first_deviation").view(1)).max()
+    means = session.everywhere(torch.stack(list(sums.values()))[None] / losses).mean(0)
+    named = dict(zip(sums, means.tolist(), strict=True))
+    return named | {"ratio/first_deviation": first.item()} | stepped
 
 
 def look(session: Session) -> dict[str, float]:
@@ -352,17 +360,22 @@ def save_samples(session: Session, prompts: Sequence[Mapping[str, Any]], path: P
     save_grid(session.policy.decode(rollout.latents), path, columns=each, labels=texts)
 
 
+def _gather(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The values of all processes, in the order of their ranks."""
+    return accelerator.gather(values.to(accelerator.device))  # pyright: ignore[reportReturnType]: a tensor gives one
+
+
 def _check_sizes(config: OnlineConfig, processes: int) -> None:
     samples, cells = config.prompts_per_round * config.num_generations, config.updates_per_round * processes
     if samples % (cells * config.batch_size):
         raise UserError(
-            f"prompts_per_round x num_generations = {samples} pictures do not divide into updates_per_round x "
-            f"processes x batch_size = {config.updates_per_round} x {processes} x {config.batch_size}: change one of them"
+            f"prompts_per_round x num_generations = {samples} pictures do not divide into updates_per_round x processes "
+            f"x batch_size = {config.updates_per_round} x {processes} x {config.batch_size}: change one of them"
         )
 
 
 def _check_ratio(metrics: Mapping[str, Tensor]) -> None:
-    """Before the first update the policy that is trained is the one that sampled: the ratio is 1, or something is off."""
+    """Before the first update the trained policy is the one that sampled: the ratio is 1, or something is off."""
     deviation = float(metrics.get("ratio/max_deviation", 0.0))
     if not deviation <= RATIO_TOLERANCE:
         raise UserError(

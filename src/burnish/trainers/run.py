@@ -39,7 +39,9 @@ class Run:
         try:
             (self.directory / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be written ({error.strerror}): choose another output_dir") from error
+            raise UserError(
+                f"{self.directory} cannot be written ({error.strerror}): choose another output_dir"
+            ) from error
         checkpoint.atomic_write(self.directory / "environment.json", json.dumps(environment(seed), indent=2) + "\n")
         if difference := _git("diff", "HEAD"):
             checkpoint.atomic_write(self.directory / "code.diff", difference)

@@ -60,10 +60,13 @@ class Update:
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
         )
         rate = self.config.learning_rate * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
-        if norm.isfinite():
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if (
+            norm.isfinite() or self.accelerator.scaler is not None
+        ):  # fp16's scaler skips by itself, and has to learn of it
             self.optimizer.step()
+        if norm.isfinite():
             self.steps += 1
             if self.steps % self.config.ema_every == 0:
                 self._average()
@@ -98,4 +101,3 @@ class Update:
                 tensor.data.copy_(source[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-

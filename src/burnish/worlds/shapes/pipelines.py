@@ -47,7 +47,7 @@ def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that gives each word of the world one token and spells out any other."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + [str(digit) for digit in range(10)] + [",", "."]
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []
     for word in vocabulary():
         # What the merges so far leave of the word is joined from the left. New merges rank last, so they cannot
         # break a word that is whole already.
@@ -70,7 +70,7 @@ def _merged(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+def text_config(tokenizer: Any, width: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -160,7 +160,7 @@ def build_ddpm(vae: AutoencoderTiny, text_weights: Mapping[str, Any]) -> StableD
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=scheduler,  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,

@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
-from burnish.evaluation.geneval import geneval_verdict
+from burnish.evaluation import evaluate, geneval_verdict
+from burnish.policies import Policy
 from burnish.policies.folding import FoldedJointAttention, key_bias
+from burnish.policies.stable_diffusion import StableDiffusionPolicy
+from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
+from burnish.processes import VariancePreserving
 from burnish.worlds.shapes import captions, scenes, verifier
-from burnish.worlds.shapes.pipelines import LATENT_CHANNELS, LATENT_SIZE, MAX_TOKENS, build_flow, build_vae
+from burnish.worlds.shapes.pipelines import LATENT_SIZE, MAX_TOKENS, build_ddpm, build_flow, build_vae
 
 SEED = 0
 NOISY_CAPTIONS = 0.35
@@ -115,7 +121,7 @@ def train(
 
 def train_vae(work: Path, steps: int) -> None:
     torch.manual_seed(SEED)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae: Any = build_vae().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     _, images = draw(40_000, SEED)
     fresh_prompts, fresh = draw(1200, SEED + 1)
 
@@ -149,7 +155,7 @@ def load_vae(work: Path) -> AutoencoderTiny:
 
 
 @torch.no_grad()
-def latent_data(vae: AutoencoderTiny, count: int) -> tuple[list[str], Float[Tensor, "count *latent"]]:
+def latent_data(vae: Any, count: int) -> tuple[list[str], Float[Tensor, "count *latent"]]:
     """Captions, 35% of them another picture's of the same kind, and the latents of `count` pictures."""
     prompts, images = draw(count, SEED + 2)
     rng = np.random.default_rng(SEED + 3)
@@ -169,64 +175,100 @@ def encode_ids(pipeline: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor,
     return F.pad(embeds, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
 
+class Data:
+    """Latents with the tokens of their captions: what both bases are trained on."""
+
+    def __init__(self, vae: AutoencoderTiny, tokenizer: CLIPTokenizer, count: int) -> None:
+        texts, self.latents = latent_data(vae, count)
+        index_of = {text: index for index, text in enumerate(["", *sorted(set(texts))])}
+        self.ids = tokenizer(list(index_of), padding="max_length", return_tensors="pt").input_ids
+        self.caption = torch.tensor([index_of[text] for text in texts])
+
+    def batch(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
+        """x0, noise and token ids of step `step`; one caption in ten is dropped, for guidance."""
+        generator = torch.Generator().manual_seed(SEED + 10 + step)
+        chosen = torch.randint(len(self.latents), (size,), generator=generator)
+        dropped = torch.rand(size, generator=generator) < 0.1
+        noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
+        return self.latents[chosen], noise, self.ids[self.caption[chosen].masked_fill(dropped, 0)], generator
+
+
+def accuracies(make_policy: Callable[[], Policy]) -> Callable[[], dict[str, float]]:
+    """Held-out accuracy at guidance 1, 2 and 4, by kind at 2: 16 prompts of each kind, 2 pictures each."""
+    held_out = captions.selection(16, held_out=True)
+
+    def evaluate_now() -> dict[str, float]:
+        row, policy = {}, make_policy()  # a new one each time: it caches prompts, and the text encoder is in training
+        policy.autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+        for guidance in (1.0, 2.0, 4.0):
+            result = evaluate(
+                policy, held_out, verifier.detect, images_per_prompt=2, steps=16, guidance=guidance, batch_size=192
+            )
+            row[f"accuracy@{guidance:g}"] = round(result.overall(), 3)
+            if guidance == 2:
+                row |= {f"{kind}@2": round(accuracy.mean, 3) for kind, accuracy in result.by_kind().items()}
+        return row
+
+    return evaluate_now
+
+
 def train_flow(work: Path, steps: int, batch: int = 64) -> None:
     torch.manual_seed(SEED)
-    vae = load_vae(work)
-    pipeline = build_flow(vae)
+    pipeline = build_flow(load_vae(work))
     transformer = pipeline.transformer
     transformer.set_attn_processor(FoldedJointAttention())
     tokens = (LATENT_SIZE // transformer.config.patch_size) ** 2
     bias = key_bias(tokens, MAX_TOKENS + 1, 256)
-    texts, latents = latent_data(vae, 60_000)
-    index_of = {text: index for index, text in enumerate(["", *sorted(set(texts))])}
-    ids = pipeline.tokenizer(list(index_of), padding="max_length", return_tensors="pt").input_ids
-    caption = torch.tensor([index_of[text] for text in texts])
-    fresh = captions.selection(16, held_out=True)
-    fresh_ids = pipeline.tokenizer([p["prompt"] for p in fresh], padding="max_length", return_tensors="pt").input_ids
-    modules = {"transformer": transformer, "text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
-
-    def velocity(x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        return transformer(x, embeds, pooled, s * 1000, joint_attention_kwargs={"key_bias": bias}).sample
+    data = Data(pipeline.vae, pipeline.tokenizer, 60_000)
+    parts = ("transformer", "text_encoder", "text_encoder_2")
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        generator = torch.Generator().manual_seed(SEED + 10 + step)
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < 0.1
-        x0, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], generator=generator)
-        s = torch.randn(batch, generator=generator).sigmoid()
+        x0, noise, ids, generator = data.batch(step, batch)
+        s = torch.randn(batch, generator=generator).sigmoid()  # logit-normal, as SD3
         x = torch.lerp(x0, noise, s[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
-            embeds, pooled = encode_ids(pipeline, ids[caption[chosen].masked_fill(dropped, 0)])
-            prediction = velocity(x, s, embeds, pooled)
+            embeds, pooled = encode_ids(pipeline, ids)
+            options = {"key_bias": bias}
+            prediction = transformer(x, embeds, pooled, s * 1000, joint_attention_kwargs=options).sample
         return (prediction.float() - (noise - x0)).square().mean(), {}
 
-    @torch.no_grad()
-    def evaluate() -> dict:
-        accuracies = {}
-        noise = torch.randn(2 * len(fresh), *latents.shape[1:], generator=torch.Generator().manual_seed(SEED))
-        with torch.autocast("cpu", torch.bfloat16):
-            embeds, pooled = encode_ids(pipeline, fresh_ids.repeat(2, 1))
-            empty, empty_pooled = encode_ids(pipeline, ids[:1].expand(2 * len(fresh), -1))
-        for guidance in (1.0, 2.0, 4.0):
-            x, grid = noise, torch.linspace(1, 0, 17)
-            for s, s_next in zip(grid[:-1], grid[1:], strict=True):
-                with torch.autocast("cpu", torch.bfloat16):
-                    v = velocity(x, s.expand(len(x)), embeds, pooled).float()
-                    if guidance != 1:
-                        v0 = velocity(x, s.expand(len(x)), empty, empty_pooled).float()
-                        v = v0 + guidance * (v - v0)
-                x = x + (s_next - s) * v
-            images = vae.decode(x).sample.div(2).add(0.5).clamp(0, 1)
-            found = verifier.detect(images)
-            correct = [geneval_verdict(d, p).correct for d, p in zip(found, fresh * 2, strict=True)]
-            accuracies[f"accuracy@{guidance:g}"] = round(float(np.mean(correct)), 3)
-            if guidance == 2:
-                for kind in captions.KINDS:
-                    of_kind = [c for c, p in zip(correct, fresh * 2, strict=True) if p["tag"] == kind]
-                    accuracies[f"{kind}@{guidance:g}"] = round(float(np.mean(of_kind)), 3)
-        return accuracies
+    modules = {part: getattr(pipeline, part) for part in parts}
+    evaluate_now = accuracies(lambda: StableDiffusion3Policy(pipeline))
+    train("flow", work, steps, modules, loss_of, learning_rate=1e-3, ema_decay=0.998, evaluate=evaluate_now, every=1000)
 
-    train("flow", work, steps, modules, loss_of, learning_rate=1e-3, ema_decay=0.998, evaluate=evaluate, every=1000)
+
+def train_ddpm(work: Path, steps: int, batch: int = 64) -> None:
+    torch.manual_seed(SEED)
+    pipeline = build_ddpm(load_vae(work), averages(work, "flow")["text_encoder"])
+    pipeline.text_encoder.requires_grad_(False)
+    unet = pipeline.unet.to(memory_format=torch.channels_last)
+    process = VariancePreserving.from_scheduler(pipeline.scheduler)
+    data = Data(pipeline.vae, pipeline.tokenizer, 60_000)
+    with torch.no_grad():
+        embeds = torch.cat([pipeline.text_encoder(part)[0] for part in data.ids.split(256)])
+    row_of = {tuple(ids.tolist()): row for row, ids in enumerate(data.ids)}
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        x0, noise, ids, generator = data.batch(step, batch)
+        t = torch.randint(1000, (batch,), generator=generator)
+        x = process.add_noise(x0, noise, t).to(memory_format=torch.channels_last)
+        told = embeds[[row_of[tuple(one.tolist())] for one in ids]]
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = unet(x, t, encoder_hidden_states=told).sample
+        return (prediction.float() - process.target(x0, noise, t)).square().mean(), {}
+
+    evaluate_now = accuracies(lambda: StableDiffusionPolicy(pipeline))
+    train(
+        "ddpm",
+        work,
+        steps,
+        {"unet": unet},
+        loss_of,
+        learning_rate=8e-4,
+        ema_decay=0.998,
+        evaluate=evaluate_now,
+        every=1000,
+    )
 
 
 def averages(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
@@ -234,17 +276,17 @@ def averages(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
     return torch.load(work / f"{stage}.pt", weights_only=True)["average"]
 
 
-def trained_flow(work: Path) -> StableDiffusion3Pipeline:
-    pipeline = build_flow(load_vae(work))
-    for name, weights in averages(work, "flow").items():
-        getattr(pipeline, name).load_state_dict(weights)
-    return pipeline
-
-
 def export(work: Path, destination: Path) -> None:
     """Write each trained base to DESTINATION as a pipeline: networks in bf16, text encoders (small) in fp32, logs."""
-    pipelines: dict[str, Any] = {"flow": trained_flow(work)} if (work / "flow.pt").exists() else {}
-    for name, pipeline in pipelines.items():
+    text_encoder = averages(work, "flow")["text_encoder"]
+    build: dict[str, Callable[[], Any]] = {
+        "flow": lambda: build_flow(load_vae(work)),
+        "ddpm": lambda: build_ddpm(load_vae(work), text_encoder),
+    }
+    for name in [name for name in build if (work / f"{name}.pt").exists()]:
+        pipeline = build[name]()
+        for part, weights in averages(work, name).items():
+            getattr(pipeline, part).load_state_dict(weights)
         network = getattr(pipeline, "transformer", None) or pipeline.unet
         network.to(torch.bfloat16)
         pipeline.vae.to(torch.bfloat16, memory_format=torch.contiguous_format)
@@ -264,6 +306,8 @@ def main() -> None:
         train_vae(options.work, options.steps or 5000)
     elif options.stage == "flow":
         train_flow(options.work, options.steps or 9000)
+    elif options.stage == "ddpm":
+        train_ddpm(options.work, options.steps or 9000)
     elif options.stage == "export":
         if options.destination is None:
             parser.error("export needs a DESTINATION")

@@ -98,13 +98,13 @@ def render(scenes: list[Scene]) -> Float[Tensor, "batch 3 height width"]:
         image[index] = np.asarray(scene.background, np.float32)[:, None, None]
         for thing in scene.things:
             x, y = (centre - thing.x)[None, :], (centre - thing.y)[:, None]
-            alpha = np.clip(0.5 - _distance(thing.shape, x, y, thing.size / 2), 0, 1)
+            alpha = np.clip(0.5 - outline_distance(thing.shape, x, y, thing.size / 2), 0, 1)
             color = np.asarray(COLORS[thing.color], np.float32)[:, None, None] / 255
             image[index] += alpha * (color - image[index])
     return torch.from_numpy(image)
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def outline_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance in pixels to the outline of a shape inscribed in a box of half-side `radius`; < 0 inside."""
     if shape == "circle":
         return np.sqrt(x**2 + y**2) - radius

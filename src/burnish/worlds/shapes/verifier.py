@@ -8,13 +8,12 @@ template (soft IoU), and its colour with the palette, in a space where luma coun
 from functools import cache
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy import ndimage
 from torch import Tensor
 
 from burnish.worlds.shapes.captions import NOT_A_SHAPE
-from burnish.worlds.shapes.scenes import COLORS, SHAPES, _distance
+from burnish.worlds.shapes.scenes import COLORS, SHAPES, outline_distance
 
 TEMPLATE = 14
 STANDS_OUT = 0.22  # distance from the background, in the colour space below, of a pixel that belongs to an object
@@ -31,8 +30,8 @@ def _templates(side: int = TEMPLATE) -> np.ndarray:
     grid = (np.arange(fine) + 0.5) / fine * 2 - 1
     masks = []
     for shape in SHAPES:
-        inside = _distance(shape, grid[None, :], grid[:, None], 1.0) < 0
-        rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+        inside = outline_distance(shape, grid[None, :], grid[:, None], 1.0) < 0
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         cut = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
         masks.append(_resize(cut, 0, cut.shape[0], 0, cut.shape[1], side).ravel())
     return np.stack(masks)
@@ -62,7 +61,8 @@ def detect(images: Float[Tensor, "batch 3 height width"]) -> list[list[dict]]:
     apart = np.sqrt(np.square(pixels - background[:, None, None]).sum(-1))
     within_an_image = np.zeros((3, 3, 3), int)
     within_an_image[1] = [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
-    labels, _ = ndimage.label(apart > STANDS_OUT, structure=within_an_image)
+    labels = np.empty(apart.shape, np.int32)
+    ndimage.label(apart > STANDS_OUT, structure=within_an_image, output=labels)
     found: list[list[dict]] = [[] for _ in range(len(pixels))]
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         batch, rows, columns = where[0].start, where[1], where[2]

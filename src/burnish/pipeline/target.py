@@ -1,0 +1,63 @@
+"""From a model or a run to a policy: adapters are loaded by stock diffusers, as anybody would."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from burnish.errors import UserError
+from burnish.policies import Policy, load_policy
+from burnish.policies.load import load_pipeline, quietly
+from burnish.trainers import online
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def open_target(target: str | Path, adapter: Path | None = None) -> Policy:
+    """The policy of a run's directory (its base model under its adapter) or of a model, both with `adapter` if given.
+
+    A model is a hub id, a folder or package:module/folder. Raises UserError for a run without an adapter, and for an
+    adapter that is missing, damaged or made for another model.
+    """
+    config = run_config(target)
+    model, dtype = str(target), torch.float32
+    if config is not None:
+        model, dtype = config.model, getattr(torch, config.weight_dtype)
+        adapter = adapter or Path(target) / "adapter"
+        if not (adapter / ADAPTER_FILE).is_file():
+            raise UserError(f"{target} has no {adapter.name}/{ADAPTER_FILE}: finish it with `burnish resume {target}`")
+    pipeline: Any = load_pipeline(model, dtype)
+    if adapter is not None:
+        _load_adapter(pipeline, adapter, model)
+    return load_policy(pipeline, device=PartialState().device)
+
+
+def run_config(target: str | Path) -> online.OnlineConfig | None:
+    """The settings of the run in `target`; None where that is no run's directory."""
+    file = Path(target) / "config.yaml"
+    return online.load(file) if file.is_file() else None
+
+
+def _load_adapter(pipeline: Any, adapter: Path, model: str) -> None:
+    path = adapter / ADAPTER_FILE if adapter.is_dir() else adapter
+    if not path.is_file():
+        raise UserError(f"adapter {adapter}: there is no {ADAPTER_FILE}: give the directory that training wrote it to")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = len(list(file.keys()))
+        with quietly():
+            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    except SafetensorError as error:
+        raise UserError(f"adapter {path}: is no whole safetensors file ({error}): copy it again") from error
+    except (RuntimeError, ValueError, KeyError) as error:  # shapes that differ, modules that are not there
+        raise UserError(f"adapter {path}: does not fit {model}: use it with the model it was trained on") from error
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    loaded = sum("lora_" in name for network in networks for name, _ in network.named_parameters())
+    if loaded != stored:  # the loader skips what it does not know and says nothing
+        raise UserError(
+            f"adapter {path}: {loaded} of its {stored} tensors have a place in {model}: "
+            "use it with the model it was trained on"
+        )

@@ -1,0 +1,6 @@
+"""What a run did, on one page that stands alone."""
+
+from burnish.report.page import data_uri, render
+from burnish.report.run import describe, write_report
+
+__all__ = ["data_uri", "describe", "render", "write_report"]

@@ -1,0 +1,262 @@
+"""`report.html`: a run told from its directory alone, whether it is finished, stopped or still going on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from burnish.checkpoint import atomic_write, read_jsonl
+from burnish.config import read_recipe
+from burnish.data import load_prompts
+from burnish.errors import UserError
+from burnish.policies.card import write_card
+from burnish.report.curves import curve
+from burnish.report.page import data_uri, percent, render
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+# title -> the metrics in it, by the name they get in the legend; a plot without data is left out
+PLOTS: dict[str, dict[str, str]] = {
+    "Reward": {"mean": "reward"},
+    "Spread of the reward": {"standard deviation": "reward_std"},
+    "Diversity inside a group (pixels)": {"distance": "diversity/pixels"},
+    "Diversity inside a group (latents)": {"distance": "diversity/latents"},
+    "KL to the base": {"kl": "kl"},
+    "Approximate KL to the sampling policy": {"approx_kl": "approx_kl"},
+    "Deviation from the sampling policy": {"deviation": "old_deviation"},
+    "Ratio: largest deviation from 1": {"all steps": "ratio/max_deviation", "first step": "ratio/first_deviation"},
+    "Clipped": {"fraction": "clip_fraction"},
+    "Gradient norm before clipping": {"norm": "grad_norm"},
+    "Groups without spread": {"fraction": "frac_reward_zero_std"},
+    "Loss": {"loss": "loss"},
+    "Learning rate": {"rate": "learning_rate"},
+}
+FRACTIONS = {"clip_fraction", "frac_reward_zero_std"}
+STAGES = ("rollout", "reward", "update")
+
+DIVERSITY_LOSS = 0.3  # a fall of more than this fraction is worth a warning
+KL_GROWTH = 2.0  # end over middle of the run; a KL that levels off stays below
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` from what `run` holds and return its path; UserError where that is no run."""
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"{run} holds no config.yaml, so there is nothing to report on: give a run's directory")
+    config, rows = read_recipe(config_file), read_jsonl(run / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{run}/metrics.jsonl is empty, so there is nothing to report on: train for a round first")
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    page = render(
+        "report.html.j2",
+        title=f"{config['algorithm']} on {Path(config['model']).name}",
+        subtitle=f"{config['model']}, reward {config['reward']}, {rows[-1]['step']} of {config['rounds']} rounds",
+        figures=_figures(rows, evaluated),
+        sentence=_sentence(rows, evaluated, config["rounds"]),
+        warnings=find_warnings(rows),
+        samples=[
+            {"step": int(picture.stem.removeprefix("step-")), "uri": data_uri(picture)}
+            for picture in sorted((run / "samples").glob("step-*.png"))
+        ],
+        kinds=_kinds(evaluated),
+        plots=_plots(rows, evaluated),
+        timing=_timing(rows),
+        config=config_file.read_text("utf-8"),
+        environment=_environment(run / "environment.json"),
+    )
+    path = run / "report.html"
+    atomic_write(path, page)
+    return path
+
+
+def describe(run: Path, *, title: str, paper: str) -> None:
+    """Write what people read of a run: `report.html`, and `README.md`, the adapter's model card.
+
+    `title` and `paper`: the algorithm's.
+    """
+    write_report(run)
+    config = read_recipe(run / "config.yaml")
+    pictures = sorted((run / "samples").glob("step-*.png"))
+    metrics: dict[str, Any] = {}
+    for row in read_jsonl(run / "metrics.jsonl"):
+        metrics |= row  # the newest value of each, for not every row has an evaluation
+    write_card(
+        run,
+        base_model=config["model"],
+        algorithm=title,
+        paper=paper,
+        config=config,
+        metrics=metrics,
+        prompt=load_prompts(config["evaluation"]["prompts"] or config["prompts"])[0]["prompt"],
+        picture=pictures[-1].relative_to(run) if pictures else None,
+    )
+
+
+def find_warnings(rows: Rows) -> list[str]:
+    """What a reader should be told before the good news: plain sentences with their numbers."""
+    found = []
+    for name, what in (("diversity/pixels", "pictures"), ("diversity/latents", "latents")):
+        values = _series(rows, name)
+        if len(values) > 1 and values[-1][1] < (1 - DIVERSITY_LOSS) * values[0][1]:
+            lost = 1 - values[-1][1] / values[0][1]
+            found.append(
+                f"The {what} of one prompt have become more alike: their distance fell by {percent(lost)}, from "
+                f"{values[0][1]:.3g} in the first round to {values[-1][1]:.3g} in the last."
+            )
+    kl = _series(rows, "kl")
+    if len(kl) >= 4 and (half := kl[len(kl) // 2][1]) > 0 and kl[-1][1] > KL_GROWTH * half:
+        middle = f"{half:.3g} in round {kl[len(kl) // 2][0]:g}"
+        found.append(f"The KL to the base is still growing: {middle}, {kl[-1][1]:.3g} at the end.")
+    skipped = _series(rows, "skipped_updates")
+    if skipped and skipped[-1][1] > 0:
+        found.append(f"{skipped[-1][1]:g} updates were skipped, because their gradient was not finite.")
+    reward, accuracy = _series(rows, "reward"), _series(rows, "eval/accuracy")
+    if len(accuracy) > 1 and reward and reward[-1][1] > reward[0][1] and accuracy[-1][1] < accuracy[0][1]:
+        found.append(
+            f"The reward rose from {reward[0][1]:.3g} to {reward[-1][1]:.3g}, but held-out accuracy fell from "
+            f"{percent(accuracy[0][1])} to {percent(accuracy[-1][1])}: the reward may be paying for something else."
+        )
+    return found
+
+
+def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
+    """(round, value) wherever there is one; a value that was not finite is stored as null, and left out."""
+    return [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
+
+
+def _figures(rows: Rows, evaluated: Rows) -> list[dict[str, str]]:
+    figures = []
+    if evaluated:
+        base, final = evaluated[0], evaluated[-1]
+        if len(evaluated) > 1:
+            gain = 100 * (final["eval/accuracy"] - base["eval/accuracy"])
+            figures.append({"label": "Change", "value": f"{gain:+.1f}", "note": "points of held-out accuracy"})
+        for row in evaluated[:: max(1, len(evaluated) - 1)]:
+            label = "Base model" if row["step"] == 0 else f"After round {row['step']}"
+            figures.append({"label": label, "value": percent(row["eval/accuracy"]), "note": f"95%: {_interval(row)}"})
+    reward = _series(rows, "reward")
+    if reward:
+        note = f"in round {reward[-1][0]:g}; {reward[0][1]:.3g} in round {reward[0][0]:g}"
+        figures.append({"label": "Reward", "value": f"{reward[-1][1]:.3g}", "note": note})
+    return figures
+
+
+def _interval(row: Row) -> str:
+    return f"{percent(row['eval/accuracy_low'])} to {percent(row['eval/accuracy_high'])}"
+
+
+def _sentence(rows: Rows, evaluated: Rows, rounds: int) -> str:
+    step, seconds = rows[-1]["step"], sum(row.get(f"seconds/{stage}", 0.0) for row in rows for stage in STAGES)
+    state = "" if step == rounds else f" The run has done {step} of its {rounds} rounds."
+    after = f"After {step} round{'s' * (step != 1)} ({_duration(seconds)} of training)"
+    if not evaluated:
+        reward = _series(rows, "reward")
+        if not reward:
+            return f"Nothing has been trained yet.{state}"
+        return f"{after}, the reward went from {reward[0][1]:.3g} to {reward[-1][1]:.3g}; nothing was evaluated.{state}"
+    if len(evaluated) == 1:
+        at = evaluated[0]
+        return f"Held-out accuracy was measured once, in round {at['step']}: {percent(at['eval/accuracy'])}.{state}"
+    base, final = evaluated[0], evaluated[-1]
+    change = final["eval/accuracy"] - base["eval/accuracy"]
+    apart = (
+        final["eval/accuracy_low"] > base["eval/accuracy_high"]
+        or final["eval/accuracy_high"] < base["eval/accuracy_low"]
+    )
+    verb = "rose" if change > 0 else "fell" if change < 0 else "stayed the same,"
+    certainty = "the 95% intervals do not overlap" if apart else "the 95% intervals overlap, so it may be chance"
+    return (
+        f"{after}, held-out accuracy {verb} from {percent(base['eval/accuracy'])} to {percent(final['eval/accuracy'])} "
+        f"({100 * change:+.1f} points; {certainty}).{state}"
+    )
+
+
+def _kinds(evaluated: Rows) -> list[dict[str, Any]]:
+    if not evaluated:
+        return []
+    first = evaluated[0]
+    names = {"base": first} if first["step"] == 0 else {f"r. {first['step']}": first}
+    if len(evaluated) > 1:
+        names["after"] = evaluated[-1]
+    prefix = "eval/accuracy/"
+    return [
+        {
+            "name": kind.replace("_", " "),
+            "rows": [
+                {
+                    "name": name,
+                    "mean": row[prefix + kind],
+                    "low": row[f"eval/accuracy_low/{kind}"],
+                    "high": row[f"eval/accuracy_high/{kind}"],
+                }
+                for name, row in names.items()
+            ],
+        }
+        for kind in (name.removeprefix(prefix) for name in first if name.startswith(prefix))
+    ]
+
+
+def _plots(rows: Rows, evaluated: Rows) -> list[dict[str, Any]]:
+    plots = []
+    if evaluated:
+        band = [
+            (float(row["step"]), float(row["eval/accuracy_low"]), float(row["eval/accuracy_high"])) for row in evaluated
+        ]
+        accuracy = {"mean of the kinds": _series(evaluated, "eval/accuracy")}
+        plots.append(_plot("Held-out accuracy, with its 95% band", accuracy, band=band, percent_axis=True))
+    parts = {name: f"rewards/{name}/mean" for name in _parts(rows)}
+    for title, names in {"Reward": PLOTS["Reward"], "Parts of the reward": parts, **PLOTS}.items():
+        lines = {name: points for name, metric in names.items() if (points := _series(rows, metric))}
+        if lines:
+            plots.append(_plot(title, lines, percent_axis=bool(FRACTIONS & set(names.values()))))
+    return plots
+
+
+def _parts(rows: Rows) -> list[str]:
+    names = dict.fromkeys(
+        name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")
+    )
+    return [name.removeprefix("rewards/").removesuffix("/mean") for name in names]
+
+
+def _plot(
+    title: str,
+    lines: Mapping[str, list[tuple[float, float]]],
+    *,
+    band: Sequence[tuple[float, float, float]] = (),
+    percent_axis: bool = False,
+) -> dict[str, Any]:
+    key = [(name, percent(p[-1][1]) if percent_axis else f"{p[-1][1]:.3g}") for name, p in lines.items()]
+    return {"title": title, "key": key, "svg": curve(lines, band=band, percent=percent_axis)}
+
+
+def _timing(rows: Rows) -> list[dict[str, str]]:
+    totals = {stage: [value for _, value in _series(rows, f"seconds/{stage}")] for stage in STAGES}
+    spent = sum(map(sum, totals.values()))
+    if not spent:
+        return []
+    rounds = max(map(len, totals.values()))
+    lines = {**{stage: sum(values) for stage, values in totals.items()}, "together": spent}
+    return [
+        {"name": name, "total": _duration(total), "each": f"{total / rounds:.2f} s", "share": percent(total / spent)}
+        for name, total in lines.items()
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
+
+
+def _environment(path: Path) -> list[tuple[str, str]]:
+    if not path.is_file():
+        return []
+    told = json.loads(path.read_text("utf-8"))
+    packages = [(name, str(version)) for name, version in told.pop("packages", {}).items()]
+    rest = [
+        (name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in told.items() if value
+    ]
+    return [*rest, *packages]

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from burnish.policies import Conditioning, load_policy
+from burnish.policies.conditioning import PromptCache
+
+
+class Encoder:
+    """Tells apart prompts by their length, and notes what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        self.asked.append(prompts)
+        return {"length": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+
+
+def test_each_prompt_is_encoded_once():
+    encoder = Encoder()
+    cache = PromptCache(encoder)
+    assert cache(["a", "bbb", "a"])["length"].flatten().tolist() == [1, 3, 1]
+    assert cache(["bbb", "cc", "a"])["length"].flatten().tolist() == [3, 2, 1]
+    assert encoder.asked == [["a", "bbb"], ["cc"]]
+
+
+def test_in_slices():
+    encoder = Encoder()
+    lengths = PromptCache(encoder, batch_size=2)(["a", "bb", "ccc", "dddd", "eeeee"])["length"]
+    assert lengths.flatten().tolist() == [1, 2, 3, 4, 5]
+    assert [len(part) for part in encoder.asked] == [2, 2, 1]
+
+
+def test_conditioning_indexes_and_stacks_like_a_batch():
+    told = Conditioning({"a": torch.arange(3.0)[:, None]}, {"a": -torch.arange(3.0)[:, None] - 1})
+    assert len(told) == 3
+    assert told[1:].positive["a"].flatten().tolist() == [1, 2]
+    assert told[torch.tensor([2, 0])].negative["a"].flatten().tolist() == [-3, -1]
+    assert told.guided()["a"].flatten().tolist() == [-1, -2, -3, 0, 1, 2]  # negative first
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"], indirect=True)
+def test_a_policy_caches_and_keeps_no_graph(make, family, monkeypatch):
+    policy = load_policy(make(family))
+    calls = []
+    encode = policy.pipeline.encode_prompt
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    first = policy.encode(["a red circle", "a red circle", "two squares"])
+    assert len(calls) == 2  # the prompts, and the empty negative one
+    again = policy.encode(["two squares", "a red circle"])
+    assert len(calls) == 2
+    for name, tensor in first.positive.items():
+        assert not tensor.requires_grad
+        assert torch.equal(again.positive[name], tensor[[2, 0]])
+        assert torch.equal(first.negative[name][0], first.negative[name][1])
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"], indirect=True)
+def test_negative_prompts_for_all_or_for_each(make, family):
+    policy = load_policy(make(family))
+    prompts = ["a red circle", "two squares"]
+    one, each = policy.encode(prompts, "a cross"), policy.encode(prompts, ["a cross", "a triangle"])
+    for name in one.negative:
+        assert torch.equal(one.negative[name][0], each.negative[name][0])
+        assert not torch.equal(one.negative[name][1], each.negative[name][1])
+        assert torch.equal(policy.encode(prompts, "").negative[name], policy.encode(prompts).negative[name])

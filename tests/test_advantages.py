@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from burnish.advantages import group_relative, zero_std_fraction
+
+REWARDS = torch.tensor([1.0, 3.0, 10.0, 2.0, 30.0, 20.0], dtype=torch.float64)
+GROUPS = torch.tensor([7, 7, -2, 7, -2, -2])  # any integers, in any order
+
+rounds = st.lists(st.tuples(st.integers(-100, 100), st.integers(0, 4)), min_size=1, max_size=24)
+stds = pytest.mark.parametrize("std", ["group", "global"])
+
+
+def tensors(drawn: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rewards, groups = zip(*drawn, strict=True)
+    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+
+
+def test_by_hand_with_the_groups_own_std():
+    # {1, 3, 2}: mean 2, std sqrt(2 / 3), divisor n.   {10, 30, 20}: mean 20, ten times that.
+    std = math.sqrt(2 / 3)
+    small, large = 1 / (std + 1e-4), 10 / (10 * std + 1e-4)
+    expected = torch.tensor([-small, small, -large, 0, large, 0], dtype=torch.float64)
+    torch.testing.assert_close(group_relative(REWARDS, GROUPS, std="group"), expected, rtol=0, atol=1e-12)
+
+
+def test_by_hand_with_the_rounds_std():
+    # All six: mean 11, squares 100 + 64 + 1 + 81 + 361 + 81 = 688, std sqrt(688 / 6). It is the default.
+    expected = torch.tensor([-1.0, 1, -10, 0, 10, 0], dtype=torch.float64) / (math.sqrt(688 / 6) + 1e-4)
+    torch.testing.assert_close(group_relative(REWARDS, GROUPS), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(group_relative(REWARDS, GROUPS, std="global"), expected, rtol=0, atol=1e-12)
+
+
+def test_eps_is_added_to_the_std():
+    rewards = torch.tensor([0.0, 2.0], dtype=torch.float64)  # std 1
+    torch.testing.assert_close(group_relative(rewards, torch.zeros(2).long(), eps=3.0, std="group"), (rewards - 1) / 4)
+
+
+@stds
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e6 + 0.1])
+def test_a_group_of_equal_rewards_teaches_nothing(std, value):
+    rewards = torch.cat([torch.full((7,), value), torch.tensor([0.0, 1.0, 5.0])])
+    groups = torch.tensor([0] * 7 + [1, 1, 2])
+    advantages = group_relative(rewards, groups, std=std)
+    assert (advantages[:7] == 0).all()
+    assert advantages[7] < 0 < advantages[8]
+    assert advantages[9] == 0  # a group of one
+
+
+@stds
+@given(rounds, st.randoms(use_true_random=False))
+def test_the_order_of_samples_does_not_matter(std, drawn, random):
+    rewards, groups = tensors(drawn)
+    order = torch.tensor(random.sample(range(len(drawn)), len(drawn)))
+    shuffled = group_relative(rewards[order], groups[order], std=std)
+    torch.testing.assert_close(shuffled, group_relative(rewards, groups, std=std)[order], rtol=0, atol=1e-9)
+
+
+@stds
+@given(rounds, st.integers(0, 4), st.integers(1, 50))
+def test_the_names_of_groups_do_not_matter(std, drawn, offset, factor):
+    rewards, groups = tensors(drawn)
+    renamed = group_relative(rewards, -factor * groups + offset, std=std)
+    torch.testing.assert_close(renamed, group_relative(rewards, groups, std=std), rtol=0, atol=1e-9)
+
+
+@given(rounds, st.lists(st.integers(-1000, 1000), min_size=5, max_size=5))
+def test_a_shift_of_a_groups_rewards_does_not_matter_to_its_own_std(drawn, shifts):
+    rewards, groups = tensors(drawn)
+    shifted = group_relative(rewards + torch.tensor(shifts)[groups], groups, std="group")
+    torch.testing.assert_close(shifted, group_relative(rewards, groups, std="group"), rtol=0, atol=1e-6)
+
+
+@stds
+@given(rounds)
+def test_advantages_of_a_group_sum_to_nothing_and_rank_as_rewards(std, drawn):
+    rewards, groups = tensors(drawn)
+    advantages = group_relative(rewards, groups, std=std)
+    for group in groups.unique():
+        mine = groups == group
+        assert abs(advantages[mine].sum()) < 1e-6
+        order = rewards[mine].argsort()
+        assert (advantages[mine][order].diff() >= 0).all()
+
+
+@stds
+def test_two_processes_that_gather_agree_with_one(std):
+    # Each process holds half of every group; only the gathered round knows the groups' means.
+    gathered = group_relative(torch.cat([REWARDS[:3], REWARDS[3:]]), torch.cat([GROUPS[:3], GROUPS[3:]]), std=std)
+    torch.testing.assert_close(torch.cat(gathered.chunk(2)), group_relative(REWARDS, GROUPS, std=std))
+    halves = torch.cat([group_relative(REWARDS[h], GROUPS[h], std=std) for h in (slice(0, 3), slice(3, 6))])
+    assert not torch.allclose(gathered, halves, atol=0.05)
+
+
+def test_half_precision_rewards_are_lifted():
+    advantages = group_relative(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.zeros(2).long(), std="group")
+    assert advantages.dtype == torch.float32
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0]) * 0.5 / 0.5001)
+
+
+def test_fraction_of_groups_that_teach_nothing():
+    rewards = torch.tensor([1.0, 2.0, 1.0, 2.0, 5.0, 2.0])
+    assert zero_std_fraction(rewards, torch.tensor([0, 1, 0, 1, 2, 1])) == 1
+    assert zero_std_fraction(rewards, torch.tensor([0, 0, 1, 1, 2, 2])) == 0
+    assert zero_std_fraction(rewards, torch.tensor([0, 1, 0, 0, 2, 1])) == pytest.approx(2 / 3)

@@ -1,0 +1,265 @@
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import CLIPTextModelWithProjection
+
+from burnish.objectives import diffusion_nft, flow_grpo
+from burnish.policies import LoraConfig, Policy, load_policy
+from burnish.processes import FlowSDE
+from burnish.replay import ForwardProcess, StoredTransitions
+from burnish.rollout import Rollout, sample
+from burnish.worlds.shapes import pipelines
+
+PROMPTS, SEEDS = ["a red circle", "two blue squares", "a cross above a circle"], [11, 5, 8]
+ADVANTAGES = torch.tensor([1.0, -0.5, 2.0])
+
+
+def build(kind: str, rank: int = 2) -> Policy:
+    torch.manual_seed(0)
+    if kind == "flow":
+        pipeline = pipelines.build_flow(pipelines.build_vae(), layers=2, heads=1)
+    else:
+        text = pipelines.text_config(pipelines.build_tokenizer(), pipelines.TEXT_WIDTHS[0])
+        pipeline = pipelines.build_ddpm(pipelines.build_vae(), CLIPTextModelWithProjection(text).state_dict())
+    policy = load_policy(pipeline, LoraConfig(rank=rank))
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return policy
+
+
+def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
+
+
+def rollout_of(policy: Policy, steps: int, keep: str, guidance: float = 1.0, count: int = 3) -> Rollout:
+    sampler = None if keep == "final" else (FlowSDE(0.7) if policy.process.name == "rectified_flow" else 1.0)
+    options = {"steps": steps, "guidance": guidance, "sampler": sampler, "keep": keep}
+    return sample(policy, PROMPTS[:count], seeds=SEEDS[:count], **options)
+
+
+@pytest.fixture(scope="module", params=["flow", "ddpm"])
+def policy(request) -> Policy:
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def flow() -> Policy:
+    return build("flow")
+
+
+# Stored transitions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_ratio_is_exactly_one(policy, guidance, precision, monkeypatch):
+    if precision == "bf16":
+        monkeypatch.setattr(policy, "autocast", partial(torch.autocast, "cpu", torch.bfloat16))
+    with policy.weights(weights_of(policy)):  # as a trainer samples
+        rollout = rollout_of(policy, 4, "trajectory", guidance)
+    objective = partial(flow_grpo, kl_weight=0.01)
+    for loss, metrics in StoredTransitions().losses(policy, rollout, ADVANTAGES, {}, objective):
+        assert metrics["ratio/max_deviation"] == 0
+        assert metrics["kl"] > 0
+        torch.testing.assert_close(metrics["policy_loss"], -ADVANTAGES.mean())
+        loss.backward()
+    assert max(parameter.grad.abs().max() for parameter in policy.trainable().values()) > 0
+    policy.module.zero_grad()
+
+
+def test_the_ratio_shows_that_the_policy_has_moved(policy):
+    rollout = rollout_of(policy, 3, "trajectory")
+    moved = {name: tensor + 0.05 for name, tensor in weights_of(policy).items()}
+    with policy.weights(moved):
+        losses = list(StoredTransitions().losses(policy, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)))
+    assert all(metrics["ratio/max_deviation"] > 1e-5 for _, metrics in losses)
+
+
+@pytest.mark.parametrize(
+    ("steps", "fraction", "calls"), [(10, 0.99, 9), (10, 1.0, 10), (4, 0.5, 2), (1, 0.99, 1), (3, 0.1, 1)]
+)
+def test_how_many_steps_are_trained(steps, fraction, calls):
+    assert StoredTransitions(timestep_fraction=fraction).calls(steps) == calls
+
+
+def test_yields_a_loss_for_each_step_from_the_noise_on(flow):
+    rollout = rollout_of(flow, 5, "trajectory")
+    seen = []
+
+    def objective(log_prob, old_log_prob, advantages, kl):
+        seen.append(old_log_prob)
+        assert kl is None  # nobody has asked for it
+        assert advantages is ADVANTAGES
+        return log_prob.sum(), {}
+
+    replay = StoredTransitions(timestep_fraction=0.7)
+    assert len(list(replay.losses(flow, rollout, ADVANTAGES, {}, objective))) == replay.calls(5) == 3
+    assert torch.equal(torch.stack(seen, dim=1), rollout.log_probs[:, :3])
+
+
+def test_kl_is_zero_at_the_reference_and_of_the_form_asked_for():
+    policy = build("flow")
+    rollout, objective = rollout_of(policy, 3, "trajectory"), partial(flow_grpo, kl_weight=1.0)
+
+    def kls(**options):
+        return [
+            metrics["kl"] for _, metrics in StoredTransitions(**options).losses(policy, rollout, ADVANTAGES, {}, objective)
+        ]
+
+    code, exact = kls(), kls(kl_form="exact")
+    lengths = rollout.grid.times[:-1] - rollout.grid.next_times
+    for mine, paper, length in zip(code, exact, lengths, strict=False):
+        torch.testing.assert_close(mine, paper * length)
+    with policy.weights({name: torch.zeros_like(tensor) for name, tensor in weights_of(policy).items()}):
+        assert all(kl == 0 for form in ("code", "exact", "k3") for kl in kls(kl_form=form))
+
+
+def test_detaching_the_unconditional_branch_is_an_option_and_the_default(flow):
+    rollout = rollout_of(flow, 2, "trajectory", guidance=4.5)
+
+    def gradient(**options):
+        for loss, _ in StoredTransitions(**options).losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)):
+            loss.backward()
+        flat = torch.cat([parameter.grad.flatten() for parameter in flow.trainable().values()])
+        flow.module.zero_grad()
+        return flat
+
+    assert torch.equal(gradient(), gradient(detach_unconditional=True))
+    assert not torch.allclose(gradient(), gradient(detach_unconditional=False), rtol=1e-2, atol=0)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Counts the bytes that autograd keeps for backward passes: those alive now, and the most there ever were."""
+
+    def __init__(self) -> None:
+        self.alive = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        class Box(list):  # a list that can be watched
+            pass
+
+        size = tensor.numel() * tensor.element_size()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        box = Box([tensor])
+        weakref.finalize(box, self.free, size)
+        return box
+
+    def free(self, size: int) -> None:
+        self.alive -= size
+
+
+@pytest.mark.parametrize("method", ["stored", "forward"])
+def test_memory_does_not_grow_with_the_number_of_steps(flow, method):
+    def peak(steps: int) -> int:
+        if method == "stored":
+            replay, objective = StoredTransitions(), partial(flow_grpo, kl_weight=0.01)
+        else:
+            replay, objective = ForwardProcess(times_per_sample=steps), partial(diffusion_nft, kl_weight=0.01)
+        rollout, meter = rollout_of(flow, steps, replay.keep), Meter()
+        with saved_tensors_hooks(meter.pack, lambda box: box[0]):
+            for loss, _ in replay.losses(flow, rollout, ADVANTAGES, weights_of(flow), objective):
+                loss.backward()
+        flow.module.zero_grad()
+        return meter.peak
+
+    few, many = peak(4), peak(16)
+    assert few > 0
+    assert abs(many - few) <= 0.05 * few
+
+
+# The forward process --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """An objective that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, torch.Tensor | None]] = []
+
+    def __call__(self, prediction, old, reference, x, s, x0, advantages, *, kl_weight=0.0):
+        self.calls.append({"prediction": prediction, "old": old, "reference": reference, "x": x, "s": s, "x0": x0})
+        return prediction.sum(), {}
+
+    def stacked(self, name: str) -> torch.Tensor:
+        return torch.stack([call[name].detach() for call in self.calls])
+
+
+def replayed(policy: Policy, rollout: Rollout, calls: int, behaviour=None, **options) -> Recorder:
+    recorder = Recorder()
+    objective = partial(recorder, **options)
+    behaviour = weights_of(policy) if behaviour is None else behaviour
+    replay = ForwardProcess(times_per_sample=calls)
+    assert len(list(replay.losses(policy, rollout, ADVANTAGES[: len(rollout)], behaviour, objective))) == calls
+    return recorder
+
+
+def test_each_sample_sees_the_grids_noise_levels_equally_often(flow):
+    rollout = rollout_of(flow, 5, "final")
+    s = replayed(flow, rollout, 10).stacked("s")
+    levels = rollout.grid.times[:5].sort().values
+    for sample_of in s.T:
+        for half in sample_of.chunk(2):
+            assert torch.equal(half.sort().values, levels)
+    assert not torch.equal(s[:, 0], s[:, 1])  # not all in the same order
+    few = replayed(flow, rollout, 3).stacked("s")
+    assert all(len(column.unique()) == 3 for column in few.T)
+
+
+def test_draws_depend_on_the_seed_alone(flow):
+    rollout = rollout_of(flow, 4, "final")
+    together = replayed(flow, rollout, 6)
+    for i in range(3):
+        alone = replayed(flow, rollout.part(i, i + 1), 6)
+        assert torch.equal(alone.stacked("s")[:, 0], together.stacked("s")[:, i])
+        assert torch.equal(alone.stacked("x")[:, 0], together.stacked("x")[:, i])
+    assert torch.equal(replayed(flow, rollout, 6).stacked("x"), together.stacked("x"))
+
+
+def test_noises_the_final_latents_with_fresh_noise(flow):
+    rollout = rollout_of(flow, 4, "final")
+    recorder = replayed(flow, rollout, 4)
+    noises = []
+    for call in recorder.calls:
+        s = call["s"].view(-1, 1, 1, 1)
+        assert call["x0"] is rollout.latents
+        noises.append((call["x"] - (1 - s) * rollout.latents) / s)
+    noise = torch.stack(noises)
+    assert abs(noise.mean()) < 0.05
+    assert abs(noise.std() - 1) < 0.05
+    flat = noise.transpose(0, 1).flatten(0, 1).flatten(1)
+    correlation = torch.corrcoef(flat) - torch.eye(len(flat))
+    assert correlation.abs().max() < 0.35  # between calls and samples: 256 elements each
+    started = torch.stack([torch.randn(rollout.latents.shape[1:], generator=torch.Generator().manual_seed(s)) for s in SEEDS])
+    assert abs(torch.corrcoef(torch.stack([started.flatten(), noise[0].flatten()]))[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_predictions_are_of_the_policy_its_behaviour_and_its_reference(flow, guidance):
+    rollout = rollout_of(flow, 3, "final", guidance)
+    own = replayed(flow, rollout, 3)
+    for call in own.calls:
+        assert torch.equal(call["prediction"], call["old"])  # as long as they have the same weights
+        assert call["prediction"].requires_grad
+        assert not call["old"].requires_grad
+        assert call["reference"] is None
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights_of(flow).items()}
+    other = replayed(flow, rollout, 3, zeros, kl_weight=0.1)
+    for call in other.calls:
+        assert torch.equal(call["old"], call["reference"])  # an adapter of zeros is none
+        assert not call["reference"].requires_grad
+        assert not torch.allclose(call["prediction"], call["old"], atol=1e-4)
+
+
+def test_the_behaviour_follows_ever_more_slowly():
+    replay = ForwardProcess()
+    assert [replay.behaviour_decay(updates) for updates in (0, 100, 500, 10_000)] == [0, 0.1, 0.5, 0.5]
+    assert ForwardProcess(behaviour_rate=0.01, behaviour_max=0.3).behaviour_decay(50) == 0.3
+    assert StoredTransitions().behaviour_decay(1000) == 0

@@ -1,0 +1,138 @@
+import pytest
+import torch
+from transformers import CLIPTextModelWithProjection
+
+from burnish.policies import LoraConfig, Policy, load_policy
+from burnish.processes import CPS, DanceSDE, FlowSDE
+from burnish.rollout import sample
+from burnish.worlds.shapes import pipelines
+
+PROMPTS, SEEDS = ["a red circle", "two blue squares", "a cross above a circle"], [11, 5, 8]
+NOISY = {"flow": FlowSDE(0.7), "flow-dance": DanceSDE(0.3), "flow-cps": CPS(0.7, log_prob="exact"), "ddpm": 1.0}
+
+
+def build(kind: str) -> Policy:
+    torch.manual_seed(0)
+    if kind.startswith("flow"):
+        pipeline = pipelines.build_flow(pipelines.build_vae(), layers=2, heads=1)
+    else:
+        text = pipelines.text_config(pipelines.build_tokenizer(), pipelines.TEXT_WIDTHS[0])
+        pipeline = pipelines.build_ddpm(pipelines.build_vae(), CLIPTextModelWithProjection(text).state_dict())
+    return load_policy(pipeline, LoraConfig(rank=2))
+
+
+@pytest.fixture(scope="module", params=["flow", "ddpm"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def policy(kind) -> Policy:
+    return build(kind)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow-dance", "ddpm"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_log_probs_are_those_of_scoring_the_trajectory_again(name, guidance):
+    policy = build(name)
+    rollout = sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=NOISY[name], keep="trajectory", guidance=guidance)
+    assert rollout.log_probs.shape == (3, 4)
+    assert rollout.log_probs.dtype == torch.float32
+    for index in range(4):
+        x, x_next = rollout.trajectory[:, index], rollout.trajectory[:, index + 1]
+        with torch.no_grad():
+            prediction = policy.predict(x, rollout.grid.times[index], rollout.conditioning, guidance)
+        for which in (index, torch.full((3,), index)):  # a step number for all, or one for each
+            again = policy.process.transition(rollout.grid, which, x, prediction, rollout.sampler)
+            assert torch.equal(again.log_prob(x_next), rollout.log_probs[:, index])
+
+
+def test_cps_has_no_noise_in_its_last_step_and_so_no_exact_density():
+    with pytest.raises(ValueError, match="no density"):
+        sample(build("flow"), PROMPTS, steps=3, seeds=SEEDS, sampler=NOISY["flow-cps"], keep="trajectory")
+    rollout = sample(build("flow"), PROMPTS, steps=3, seeds=SEEDS, sampler=CPS(0.7), keep="trajectory")
+    assert (rollout.log_probs[:, :-1] < 0).all()
+    assert (rollout.log_probs[:, -1] == 0).all()
+
+
+def test_the_trajectory_goes_from_the_pipelines_noise_to_the_latents(policy, kind):
+    rollout = sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
+    shape = policy.latent_shape()
+    assert rollout.trajectory.shape == (3, 5, *shape)
+    first = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
+    assert torch.equal(rollout.trajectory[:, 0], first)
+    assert torch.equal(rollout.trajectory[:, -1], rollout.latents)
+    assert len(rollout) == 3
+    assert rollout.grid.steps == 4
+
+
+def test_final_latents_are_those_of_the_trajectory(policy, kind):
+    def latents(keep):
+        rollout = sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=NOISY[kind], keep=keep)
+        assert (rollout.trajectory is None) == (rollout.log_probs is None) == (keep == "final")
+        return rollout.latents
+
+    assert torch.equal(latents("final"), latents("trajectory"))
+
+
+def test_noise_in_the_steps_is_drawn_anew_for_each_seed_and_step(policy, kind):
+    def trajectory(seeds):
+        return sample(policy, PROMPTS, steps=4, seeds=seeds, sampler=NOISY[kind], keep="trajectory").trajectory
+
+    one, same, other = trajectory(SEEDS), trajectory(SEEDS), trajectory([11, 5, 9])
+    assert torch.equal(one, same)
+    assert torch.equal(one[:2, 0], other[:2, 0])
+    close(one[:2], other[:2])
+    assert not torch.allclose(one[2], other[2], atol=1e-2)
+    deterministic = sample(policy, PROMPTS, steps=4, seeds=SEEDS).latents
+    assert not torch.allclose(one[:, -1], deterministic, atol=1e-2)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_slices_give_the_same_latents(policy, kind, noisy):
+    def rollout(size):
+        options = {"sampler": NOISY[kind], "keep": "trajectory"} if noisy else {}
+        return sample(policy, PROMPTS, steps=3, seeds=SEEDS, guidance=2.0, batch_size=size, **options)
+
+    whole = rollout(None)
+    for size in (1, 2, 7):
+        sliced = rollout(size)
+        close(sliced.latents, whole.latents)
+        if noisy:
+            close(sliced.trajectory, whole.trajectory)
+            torch.testing.assert_close(sliced.log_probs, whole.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_views(policy, kind):
+    rollout = sample(policy, PROMPTS, steps=3, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
+    part = rollout.part(1, 3)
+    assert part.prompts == tuple(PROMPTS[1:])
+    assert part.seeds == tuple(SEEDS[1:])
+    assert len(part) == len(part.conditioning) == 2
+    for mine, whole in ((part.latents, rollout.latents), (part.trajectory, rollout.trajectory)):
+        assert torch.equal(mine, whole[1:])
+        assert mine.data_ptr() == whole[1].data_ptr()
+    assert part.log_probs.data_ptr() == rollout.log_probs[1].data_ptr()
+    assert sample(policy, PROMPTS, steps=2, seeds=SEEDS).part(0, 1).trajectory is None
+
+
+def test_keeps_no_graph(policy, kind):
+    rollout = sample(policy, PROMPTS, steps=2, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
+    assert not any(t.requires_grad for t in (rollout.latents, rollout.trajectory, rollout.log_probs))
+
+
+def test_a_trajectory_needs_noise(policy):
+    for sampler in (None, policy.process.deterministic):
+        with pytest.raises(ValueError, match="choose one with noise"):
+            sample(policy, PROMPTS, steps=2, seeds=SEEDS, sampler=sampler, keep="trajectory")
+
+
+def test_one_seed_for_each_prompt(policy):
+    with pytest.raises(ValueError, match="3 prompts and 2 seeds"):
+        sample(policy, PROMPTS, steps=2, seeds=SEEDS[:2])
+    with pytest.raises(ValueError, match="0 prompts"):
+        sample(policy, [], steps=2, seeds=[])

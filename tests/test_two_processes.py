@@ -1,0 +1,74 @@
+"""Two processes under `accelerate launch` do what one does on the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from burnish.trainers import online
+
+ALGORITHMS = {
+    # Full precision, and a clip that the second micro-batch does not meet: what differs is the order of sums.
+    "flow_grpo": {"algorithm": "flow_grpo", "objective": {"clip": 0.02, "kl_weight": 0.02}},
+    "diffusion_nft": {"algorithm": "diffusion_nft", "replay": {"times_per_sample": 2, "behaviour_rate": 0.02}},
+}
+PROGRAM = "import sys\nfrom burnish.trainers import online\nfor recipe in sys.argv[1:]: online.train(online.load(recipe))\n"
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_recipe, tmp_path_factory) -> Path:
+    """`one/<algorithm>` and `two/<algorithm>`: the same recipes, by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    for name, settings in ALGORITHMS.items():
+        # The adapter starts at zero: larger steps make a difference show. AdamW divides by |g|, so a gradient that is
+        # zero but for rounding would be all difference; this epsilon lies above rounding and below the gradients.
+        update = {"update": {"learning_rate": 1e-2, "adam_epsilon": 1e-4}, "updates_per_round": 2, "batch_size": 4}
+        recipe = OmegaConf.merge(OmegaConf.create(tiny_recipe), settings, update)
+        for count in ("one", "two"):
+            recipe.output_dir = str(folder / count / name)
+            OmegaConf.save(recipe, folder / f"{count}-{name}.yaml")
+    for name in ALGORITHMS:
+        online.train(online.load(folder / f"one-{name}.yaml"))
+    program = folder / "train.py"
+    program.write_text(PROGRAM)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", program]
+    done = subprocess.run(
+        [sys.executable, *launch, *(folder / f"two-{name}.yaml" for name in ALGORITHMS)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("round 1/2") == len(ALGORITHMS)  # only the first process speaks
+    return folder
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_adapter_is_the_same(runs, name):
+    one, two = (load_file(runs / count / name / "adapter/pytorch_lora_weights.safetensors") for count in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-5
+    assert max(tensor.abs().max() for key, tensor in two.items() if "lora_B" in key) > 1e-3  # it has learned something
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_metric_is_the_same(runs, name):
+    one, two = (
+        [json.loads(line) for line in (runs / count / name / "metrics.jsonl").read_text().splitlines()]
+        for count in ("one", "two")
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [0, 1, 2]
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for key in left:
+            if not key.startswith("seconds/"):
+                assert right[key] == pytest.approx(left[key], rel=1e-5, abs=1e-5), key
+    assert len(one[1]) > 10

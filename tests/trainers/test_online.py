@@ -1,0 +1,214 @@
+"""Whole rounds of online training on a tiny pipeline: what they say, and that they learn."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from burnish.errors import UserError
+from burnish.trainers import online
+
+ALGORITHMS = ("flow_grpo", "diffusion_nft")
+EVERY_ROUND = {
+    *("reward", "reward_std", "frac_reward_zero_std", "diversity/pixels", "diversity/latents", "loss", "policy_loss"),
+    *("kl", "ratio/first_deviation", "grad_norm", "learning_rate", "skipped_updates"),
+    *("seconds/rollout", "seconds/reward", "seconds/update"),
+}
+OF_RATIOS = {"ratio/max_deviation", "approx_kl", *(f"clip_ratio/{which}_mean" for which in ("region", "low", "high"))}
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets():
+    """accelerate takes one precision a process; here each test has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def config(tiny_recipe, tmp_path):
+    def make(algorithm: str = "diffusion_nft", **settings) -> online.OnlineConfig:
+        base = {"output_dir": str(tmp_path / "run"), "algorithm": algorithm}
+        path = tmp_path / "recipe.yaml"
+        OmegaConf.save(OmegaConf.merge(OmegaConf.create(tiny_recipe), base, settings), path)
+        return online.load(path)
+
+    return make
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_leaves_what_a_run_directory_holds(config, algorithm):
+    run = online.train(config(algorithm, checkpoint_every=1))
+    told = rows(run)
+    assert [row["step"] for row in told] == [0, 1, 2]
+    for row in told[1:]:
+        assert row.keys() >= EVERY_ROUND | (OF_RATIOS if algorithm == "flow_grpo" else set())
+        assert all(value is not None and math.isfinite(value) for value in row.values())
+        assert row["diversity/pixels"] > 0
+        assert row["skipped_updates"] == 0
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "environment.json", "samples", "checkpoints", "adapter"}
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-000000.png", "step-000002.png"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000001", "step-000002"}
+    assert online.load(run / "config.yaml") == online.load(run.parent / "recipe.yaml")
+    saved = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_parts_of_the_reward_and_held_out_accuracy_are_told(config, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from burnish.rewards import Scores\n"
+        "def parts(images, prompts, metadata):\n"
+        "    red, size = images[:, 0].mean((1, 2)), images.flatten(1).mean(1)\n"
+        "    return Scores(red + size, {'red': red, 'size': size})\n"
+        "def nothing(images):\n"
+        "    return [[] for _ in images]\n"
+    )
+    held_out = {"tag": "single_object", "prompt": "a red circle", "include": [{"class": "circle", "count": 1}]}
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(held_out) + "\n")
+    evaluation = {"prompts": str(tmp_path / "held_out.jsonl"), "detector": f"{tmp_path / 'mine.py'}:nothing", "steps": 2}
+    told = rows(online.train(config(reward=f"{tmp_path / 'mine.py'}:parts", evaluation=evaluation)))
+    for row in told[1:]:
+        assert row["rewards/red/mean"] + row["rewards/size/mean"] == pytest.approx(row["reward"], abs=1e-6)
+    assert ["eval/accuracy" in row for row in told] == [True, False, True]  # the base and the end
+    assert told[0]["eval/accuracy"] == told[0]["eval/accuracy/single_object"] == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_first_ratio_is_exactly_one(config, precision, guidance):
+    told = rows(
+        online.train(
+            config(
+                "flow_grpo",
+                mixed_precision=precision,
+                rollout={"guidance": guidance},
+                objective={"clip": 0.02},
+                update={"learning_rate": 1e-2},
+                updates_per_round=2,
+                batch_size=4,
+            )
+        )
+    )
+    assert [row["ratio/first_deviation"] for row in told[1:]] == [0.0, 0.0]
+    assert all(row["ratio/max_deviation"] > 0 for row in told[1:])  # those after an update do differ
+
+
+def test_a_training_pass_unlike_the_sampling_pass_stops_the_run(config):
+    session = online.open_session(config("flow_grpo"))
+    forward = session.policy._forward
+
+    def noisy(x, time, conditioning):  # dropout, say, that is on only while gradients are taken
+        return forward(x, time, conditioning) * (1.01 if torch.is_grad_enabled() else 1.0)
+
+    session.policy._forward = noisy
+    with pytest.raises(UserError, match="the first ratio of the round is off 1 by"):
+        online.one_round(session)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("flow_grpo", {"objective": {"clip": 0.02, "kl_weight": 0.0}}),
+        ("diffusion_nft", {"objective": {"kl_weight": 0.0}, "replay": {"times_per_sample": 3, "behaviour_max": 0.0}}),
+    ],
+)
+def test_learns(config, algorithm, settings):
+    """Each reward is a random number's; over the rounds their mean has to leave the first rounds' spread."""
+    told = rows(
+        online.train(
+            config(algorithm, **settings, rounds=30, num_generations=8, batch_size=32, update={"learning_rate": 2e-2})
+        )
+    )
+    reward = torch.tensor([row["reward"] for row in told[1:]])
+    spread = told[1]["reward_std"]
+    assert reward[-5:].mean() - reward[:5].mean() > 3 * spread
+
+
+def test_trackers_get_every_row(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = online.train(config(report_to=["tensorboard"]))
+    (events,) = (run / "trackers").rglob("events.out.tfevents*")
+    log = EventAccumulator(str(events)).Reload()
+    assert set(log.Tags()["scalars"]) >= EVERY_ROUND
+    told = [(event.step, event.value) for event in log.Scalars("reward")]
+    assert told == [(row["step"], pytest.approx(row["reward"])) for row in rows(run)[1:]]
+
+
+def test_a_round_whose_gradient_overflows_is_counted_and_changes_nothing(config):
+    # 1e38 is a finite weight in fp32; the loss of squared errors times it is not.
+    settings = {"objective": {"kl_weight": 1e38}, "update": {"learning_rate": 1e-2, "ema_decay": 0.0}}
+    session = online.open_session(config("diffusion_nft", **settings))
+    online.one_round(session)  # adapter and reference are equal still: no divergence, so this gradient is finite
+    before = {name: parameter.detach().clone() for name, parameter in session.policy.trainable().items()}
+    session.round = 1
+    told = online.one_round(session)
+    assert told["skipped_updates"] == 1
+    assert not math.isfinite(told["grad_norm"])
+    assert math.isfinite(told["reward"])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in session.policy.trainable().items())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count):
+    session = online.open_session(config(updates_per_round=2, batch_size=4))
+
+    class Share:
+        num_processes = count
+
+        def __init__(self, index: int) -> None:
+            self.process_index = index
+
+    alone = online.deal(session.stream, 3, session.config, session.accelerator)
+    shares = [online.deal(session.stream, 3, session.config, Share(index)) for index in range(count)]
+    updates = [[seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)]
+    assert [set(update) for update in updates] == [set(alone.seeds[:8]), set(alone.seeds[8:])]
+    assert len(set(alone.seeds)) == 16
+    assert sorted(alone.groups.tolist()) == sorted([0, 1, 2, 3] * 4)
+    assert all(
+        prompt is session.stream.round(3)[group]
+        for share in shares
+        for prompt, group in zip(share.prompts, share.groups.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"updates_per_round": 3},
+        {"batch_size": 5},
+        {"batch_size": 32},
+        {"prompts_per_round": 3},  # 12 pictures, 8 a call
+        {"num_generations": 3},
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_loaded(config, settings, monkeypatch):
+    monkeypatch.setattr(online, "load_policy", None)
+    with pytest.raises(UserError, match="do not divide"):
+        online.train(config(**settings))
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(config, tmp_path):
+    runs = [online.train(config(output_dir=str(tmp_path / name), seed=seed)) for name, seed in zip("abc", (0, 0, 1))]
+    first, again, other = (
+        (run / "adapter" / "pytorch_lora_weights.safetensors").read_bytes() for run in runs
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_policy_that_samples_is_the_behaviour_not_the_trained_one(config):
+    """DiffusionNFT's sampling policy lags; with behaviour_max=0 it is the trained one at once."""
+    still = online.open_session(config(replay={"behaviour_rate": 1.0, "behaviour_max": 1.0}))
+    start = {name: tensor.clone() for name, tensor in still.behaviour.items()}
+    online.one_round(still)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in still.behaviour.items())  # decay 1: never moves
+    assert any(not torch.equal(p, start[name]) for name, p in still.policy.trainable().items())
