@@ -6,7 +6,7 @@ Put your own measure into `score`. What is not set here is as in the paper.
 """
 
 from burnish.rollout import RolloutConfig
-from burnish.trainers.online import OnlineConfig, train
+from burnish.trainers.online import EvaluationConfig, OnlineConfig, train
 
 
 def score(images, prompts, metadata):
@@ -25,5 +25,6 @@ if __name__ == "__main__":
         mixed_precision="bf16",
         weight_dtype="bfloat16",
         rollout=RolloutConfig(height=512, width=512),
+        evaluation=EvaluationConfig(guidance=4.5),  # of the sample pictures
     )
     train(config)  # runs/colourful/adapter: for pipe.load_lora_weights

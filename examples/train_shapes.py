@@ -1,6 +1,6 @@
 """The same on the shapes world: a few minutes on a laptop's CPU.
 
-    python examples/train_shapes.py
+python examples/train_shapes.py
 """
 
 from burnish.policies import LoraConfig
@@ -21,7 +21,7 @@ if __name__ == "__main__":
         prompts_per_round=24,
         num_generations=16,
         batch_size=96,
-        lora=LoraConfig(rank=64, alpha=64, targets="all-linear"),
+        lora=LoraConfig(rank=64, alpha=64.0, targets="all-linear"),
         rollout=RolloutConfig(steps=8, guidance=1.0, sampler="ode"),
         objective={"kl_weight": 0.02, "advantage_clip": 2.0},
         replay={"times_per_sample": 4, "behaviour_rate": 0.005, "behaviour_max": 0.3},

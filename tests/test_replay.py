@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
 from burnish.objectives import diffusion_nft, flow_grpo
@@ -24,6 +25,8 @@ def build(kind: str, rank: int = 2) -> Policy:
     else:
         text = pipelines.text_config(pipelines.build_tokenizer(), pipelines.TEXT_WIDTHS[0])
         pipeline = pipelines.build_ddpm(pipelines.build_vae(), CLIPTextModelWithProjection(text).state_dict())
+        smaller = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        pipeline.register_modules(unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **smaller}))
     policy = load_policy(pipeline, LoraConfig(rank=rank))
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -107,7 +110,8 @@ def test_kl_is_zero_at_the_reference_and_of_the_form_asked_for():
 
     def kls(**options):
         return [
-            metrics["kl"] for _, metrics in StoredTransitions(**options).losses(policy, rollout, ADVANTAGES, {}, objective)
+            metrics["kl"]
+            for _, metrics in StoredTransitions(**options).losses(policy, rollout, ADVANTAGES, {}, objective)
         ]
 
     code, exact = kls(), kls(kl_form="exact")
@@ -122,7 +126,9 @@ def test_detaching_the_unconditional_branch_is_an_option_and_the_default(flow):
     rollout = rollout_of(flow, 2, "trajectory", guidance=4.5)
 
     def gradient(**options):
-        for loss, _ in StoredTransitions(**options).losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)):
+        for loss, _ in StoredTransitions(**options).losses(
+            flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)
+        ):
             loss.backward()
         flat = torch.cat([parameter.grad.flatten() for parameter in flow.trainable().values()])
         flow.module.zero_grad()
@@ -237,7 +243,9 @@ def test_noises_the_final_latents_with_fresh_noise(flow):
     flat = noise.transpose(0, 1).flatten(0, 1).flatten(1)
     correlation = torch.corrcoef(flat) - torch.eye(len(flat))
     assert correlation.abs().max() < 0.35  # between calls and samples: 256 elements each
-    started = torch.stack([torch.randn(rollout.latents.shape[1:], generator=torch.Generator().manual_seed(s)) for s in SEEDS])
+    started = torch.stack(
+        [torch.randn(rollout.latents.shape[1:], generator=torch.Generator().manual_seed(s)) for s in SEEDS]
+    )
     assert abs(torch.corrcoef(torch.stack([started.flatten(), noise[0].flatten()]))[0, 1]) < 0.2
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
 from burnish.policies import LoraConfig, Policy, load_policy
@@ -18,6 +19,8 @@ def build(kind: str) -> Policy:
     else:
         text = pipelines.text_config(pipelines.build_tokenizer(), pipelines.TEXT_WIDTHS[0])
         pipeline = pipelines.build_ddpm(pipelines.build_vae(), CLIPTextModelWithProjection(text).state_dict())
+        smaller = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        pipeline.register_modules(unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **smaller}))
     return load_policy(pipeline, LoraConfig(rank=2))
 
 

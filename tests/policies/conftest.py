@@ -105,7 +105,10 @@ def stable_diffusion_3(t5: bool) -> StableDiffusion3Pipeline:
 
 def shapes_ddpm() -> StableDiffusionPipeline:
     text = CLIPTextModelWithProjection(pipelines.text_config(pipelines.build_tokenizer(), pipelines.TEXT_WIDTHS[0]))
-    return pipelines.build_ddpm(pipelines.build_vae(), text.state_dict())
+    pipeline = pipelines.build_ddpm(pipelines.build_vae(), text.state_dict())
+    smaller = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **smaller}))
+    return pipeline
 
 
 def build(family: str) -> DiffusionPipeline:

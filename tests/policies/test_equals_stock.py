@@ -103,7 +103,9 @@ def test_folding_is_exact_forward_and_backward(make, family):
     assert gradients[0].abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("family", "folds"), [("sd3", True), ("sd3-t5", False), ("shapes-flow", True)], indirect=["family"])
+@pytest.mark.parametrize(
+    ("family", "folds"), [("sd3", True), ("sd3-t5", False), ("shapes-flow", True)], indirect=["family"]
+)
 def test_folds_only_where_t5_is_silent(make, family, folds):
     policy = load_policy(make(family))
     tokens = policy.encode(["a red circle"]).positive["prompt_embeds"].shape[1]

@@ -88,7 +88,9 @@ def files(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("source", ["good_reward:brightness", "good_reward.py:brightness", "./good_reward.py:brightness"])
+@pytest.mark.parametrize(
+    "source", ["good_reward:brightness", "good_reward.py:brightness", "./good_reward.py:brightness"]
+)
 def test_loads_from_a_module_and_from_a_file(files, source):
     assert load_callable(source)(None, None, None) == [7]
 

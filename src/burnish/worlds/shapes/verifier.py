@@ -33,7 +33,7 @@ def _templates(side: int = TEMPLATE) -> np.ndarray:
         inside = outline_distance(shape, grid[None, :], grid[:, None], 1.0) < 0
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         cut = inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-        masks.append(_resize(cut, 0, cut.shape[0], 0, cut.shape[1], side).ravel())
+        masks.append(_resize(cut, 0.0, float(cut.shape[0]), 0.0, float(cut.shape[1]), side).ravel())
     return np.stack(masks)
 
 

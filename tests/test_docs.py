@@ -1,0 +1,210 @@
+"""The documentation keeps to the program: its links lead somewhere, its commands parse, its Python compiles or runs,
+and its tables hold what the code holds."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from burnish import cli
+from burnish.algorithms import ALGORITHMS
+from burnish.config import find_recipe, list_recipes
+from burnish.trainers import online
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"])
+FENCE = re.compile(r"^(<!-- runnable -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def blocks(language: str) -> list:
+    """(code, is it marked runnable) of every fenced block of a language, with page and line as the test's name."""
+    return [
+        pytest.param(
+            match[3],
+            bool(match[1]),
+            id=f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}",
+        )
+        for page in PAGES
+        for text in [page.read_text("utf-8")]
+        for match in FENCE.finditer(text)
+        if match[2] == language
+    ]
+
+
+def commands() -> list:
+    return [
+        pytest.param(line, id=line)
+        for line in dict.fromkeys(line for block in blocks("sh") for line in block.values[0].splitlines())
+        if "burnish " in line
+    ]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text("utf-8"))
+
+
+def slugs(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+# links
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://") or target.startswith("http://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), f"{target} is not there"
+        assert not anchor or anchor in slugs(file), f"{target}: {file.name} has the headings {sorted(slugs(file))}"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2])
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+def test_the_pages_fetch_nothing():
+    for page in [*PAGES, ROOT / "mkdocs.yml"]:
+        assert not re.search(r"cdn\.|<script|<img[^>]+https?:|!\[[^]]*\]\(https?:", page.read_text("utf-8")), page
+
+
+# commands
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line):
+    words = shlex.split(line)
+    words = words[words.index("burnish") + 1 :]
+    root = typer.main.get_command(cli.app)
+    context = root.make_context("burnish", words, ignore_unknown_options=False)
+    while hasattr(command := context.command, "resolve_command"):
+        name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert found is not None
+        context = found.make_context(name, list(rest), parent=context)
+    if context.command.name == "train" and (recipe := context.params["recipe"]) in dict(list_recipes()):
+        online.load(recipe, context.params["overrides"] or ())
+
+
+def test_the_commands_page_has_every_command():
+    page = (DOCS / "cli.md").read_text("utf-8")
+    root = typer.main.get_command(cli.app)
+    names = [f"recipes {n}" for n in root.commands["recipes"].commands] + [n for n in root.commands if n != "recipes"]
+    assert not [name for name in names if not re.search(rf"^\| `burnish {name}\b", page, re.MULTILINE)]
+
+
+# Python
+
+
+@pytest.mark.parametrize(("code", "runnable"), blocks("python"))
+def test_python_compiles_and_imports_what_there_is(code, runnable, tmp_path, monkeypatch):
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "burnish":
+            module = importlib.import_module(node.module)
+            assert not [name.name for name in node.names if not hasattr(module, name.name)]
+    if runnable:
+        monkeypatch.chdir(tmp_path)
+        exec(compile(tree, "<docs>", "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "index.md"], ids=["README", "index"])
+def test_the_ten_lines_are_a_whole_config(page, monkeypatch):
+    trained = []
+    monkeypatch.setattr(online, "train", trained.append)
+    (code,) = [block.values[0] for block in blocks("python") if block.id.startswith(str(page.relative_to(ROOT)))][:1]
+    exec(code, {})
+    (config,) = trained
+    online._check_sizes(config, processes=1)
+    assert config.algorithm in ALGORITHMS
+    assert config.model == "stabilityai/stable-diffusion-3.5-medium"
+
+
+@pytest.mark.parametrize("name", ["train_sd35", "train_shapes"])
+def test_examples_hold_a_config_that_a_recipe_could(name, monkeypatch, tmp_path):
+    """A dataclass made in Python is checked by nobody; as a recipe it is."""
+    path, trained = ROOT / "examples" / f"{name}.py", []
+    monkeypatch.setattr(online, "train", trained.append)
+    exec(compile(path.read_text("utf-8"), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)})
+    (config,) = trained
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(online.dump_config(config), "utf-8")
+    loaded = online.load(recipe)
+    assert (loaded.model, loaded.rollout, loaded.update) == (config.model, config.rollout, config.update)
+    online._check_sizes(loaded, processes=1)
+    assert callable(online.load_callable(loaded.reward))
+
+
+# tables
+
+
+def test_the_algorithms_page_has_every_algorithm():
+    page = (DOCS / "algorithms/index.md").read_text("utf-8")
+    for name, row in ALGORITHMS.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| [`{name}`]({name}.md)")]
+        assert row.paper in line
+        assert row.title in line
+        for recipe in re.findall(r"`([\w.]+/\w+)`", line):
+            assert online.load(find_recipe(recipe)).algorithm == name
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithms_page_has_every_setting_with_its_default(name):
+    page = (DOCS / f"algorithms/{name}.md").read_text("utf-8")
+    recipe = online.load(next(f for f, _ in list_recipes() if f.startswith("shapes/") and f.endswith(name)))
+    for section in ("objective", "replay"):
+        for setting in getattr(recipe, section):
+            assert f"`{section}.{setting}`" in page or f"`.{setting}`" in page, f"{section}.{setting}"
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_the_metrics_page_has_every_metric_that_a_run_logs(sampler, tiny_recipe, tmp_path):
+    algorithm = {"sde": "flow_grpo", "ode": "diffusion_nft"}[sampler]
+    line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "parts.py").write_text(
+        "from burnish.rewards import Scores\n"
+        "def parts(images, prompts, metadata):\n"
+        "    red = images[:, 0].mean((1, 2))\n"
+        "    return Scores(red, {'red': red})\n"
+    )
+    recipe = yaml.safe_load(tiny_recipe) | {
+        "algorithm": algorithm,
+        "reward": f"{tmp_path / 'parts.py'}:parts",
+        "rounds": 1,
+        "output_dir": str(tmp_path / "run"),
+        "rollout": {"steps": 3, "guidance": 1.0, "sampler": sampler},
+        "objective": {"kl_weight": 0.01},
+        "evaluation": {
+            "steps": 2,
+            "images_per_prompt": 1,
+            "prompts": str(tmp_path / "held_out.jsonl"),
+            "detector": "burnish.worlds.shapes:detect",
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = online.train(online.load(tmp_path / "recipe.yaml"))
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {name for row in rows for name in row} - {"step"}
+    assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "kl"} <= logged
+    page = (DOCS / "metrics.md").read_text("utf-8")
+    told = set(re.findall(r"`([^`\s]+)`", "".join(re.findall(r"^\|([^|]*)\|", page, re.MULTILINE))))
+    general = re.compile(r"(?<=^rewards/)[^/]+(?=/mean$)"), re.compile(r"(?<=^eval/accuracy/)[^/]+$")
+    bounds = re.compile(r"(?<=^eval/accuracy_low/)[^/]+$"), re.compile(r"(?<=^eval/accuracy_high/)[^/]+$")
+    named = map(partial(general[0].sub, "<name>"), logged)
+    for pattern in (general[1], *bounds):
+        named = map(partial(pattern.sub, "<kind>"), list(named))
+    assert not set(named) - told

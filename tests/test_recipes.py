@@ -1,0 +1,127 @@
+"""Every shipped recipe: it parses, it survives being written and read again, and what it describes can take a round."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from burnish.algorithms import ALGORITHMS
+from burnish.config import list_recipes, recipes_directory
+from burnish.data import load_prompts
+from burnish.processes import RectifiedFlow
+from burnish.rewards import load_callable
+from burnish.trainers import online
+
+RECIPES = [name for name, _ in list_recipes()]
+each_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def test_every_yaml_file_is_listed_with_what_it_does():
+    files = [
+        path.relative_to(recipes_directory()).with_suffix("").as_posix() for path in recipes_directory().rglob("*.y*ml")
+    ]
+    assert sorted(files) == RECIPES
+    assert all(len(comment) > 20 for _, comment in list_recipes())
+
+
+@each_recipe
+def test_it_parses_and_reads_back_the_same(name, tmp_path):
+    config = online.load(name)
+    (tmp_path / "config.yaml").write_text(online.dump_config(config), "utf-8")
+    assert online.load(tmp_path / "config.yaml") == config
+
+
+@each_recipe
+def test_its_parts_fit_together(name):
+    config = online.load(name)
+    row = ALGORITHMS[config.algorithm]
+    online._check_sizes(config, processes=1)
+    replay, sampler = (
+        row.replay(**config.replay),
+        RectifiedFlow().sampler(config.rollout.sampler, config.rollout.noise_level),
+    )
+    assert replay.calls(config.rollout.steps) > 0
+    assert replay.keep == "final" or sampler != RectifiedFlow().deterministic  # without noise there is no log-prob
+    assert bool(config.evaluation.prompts) == bool(config.evaluation.detector)
+    if config.evaluation.detector:
+        assert callable(load_callable(config.evaluation.detector, "detector"))
+    for prompts in (config.prompts, config.evaluation.prompts):
+        if prompts and prompts.startswith("package:"):
+            assert len(load_prompts(prompts)) >= config.prompts_per_round
+    if ".py:" not in config.reward:
+        assert callable(load_callable(config.reward))
+
+
+@each_recipe
+def test_it_takes_a_round(name, tiny_flow, tmp_path):
+    """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files."""
+    line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+    config = online.load(name)
+    small = {
+        "model": tiny_flow,
+        "prompts": tmp_path / "prompts.jsonl",
+        "output_dir": tmp_path / "run",
+        "rounds": 1,
+        "prompts_per_round": 2,
+        "num_generations": 2,
+        "updates_per_round": 1,
+        "batch_size": 2,
+        "mixed_precision": '"no"',
+        "weight_dtype": "float32",
+        "lora.rank": 2,
+        "rollout.steps": 2,
+        "rollout.height": "null",
+        "rollout.width": "null",
+        "evaluation.steps": 2,
+        "evaluation.images_per_prompt": 1,
+        "report_to": "[]",
+    }
+    small |= {"reward": "burnish.worlds.shapes:reward"} if ".py:" in config.reward else {}
+    small |= {"evaluation.prompts": tmp_path / "prompts.jsonl"} if config.evaluation.prompts else {}
+    run = online.train(online.load(name, [f"{key}={value}" for key, value in small.items()]))
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert rows[1]["ratio/first_deviation"] == 0
+    assert rows[1]["skipped_updates"] == 0
+    assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_sd35_recipes_are_as_published():
+    """Written out a second time, from the papers and their config files, so that no edit slips in."""
+    grpo, nft = online.load("sd3.5/flow_grpo_geneval"), online.load("sd3.5/diffusion_nft_geneval")
+    for config in (grpo, nft):
+        assert config.model == "stabilityai/stable-diffusion-3.5-medium"
+        assert (config.prompts_per_round, config.num_generations) == (48, 24)
+        assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (32, 64, "attention")
+        assert (config.update.learning_rate, config.update.weight_decay, config.update.max_grad_norm) == (3e-4, 1e-4, 1)
+        assert (config.update.ema_decay, config.update.ema_every) == (0.9, 8)
+        assert (config.rollout.steps, config.rollout.height, config.rollout.width) == (10, 512, 512)
+        assert config.evaluation.steps == 40
+    assert (grpo.rollout.guidance, grpo.rollout.sampler, grpo.rollout.noise_level) == (4.5, "sde", 0.7)
+    assert grpo.objective == {"clip": 1e-4, "advantage_clip": 5, "kl_weight": 0.04}
+    assert grpo.replay == {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
+    assert grpo.advantages == {"eps": 1e-4, "std": "global"}
+    assert grpo.updates_per_round == 2
+    assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "ode")
+    assert nft.objective == {"beta": 1, "kl_weight": 1e-4, "advantage_clip": 5}
+    assert nft.replay == {"times_per_sample": 10, "behaviour_rate": 0.001, "behaviour_max": 0.5}
+
+
+@pytest.mark.parametrize(("name", "processes"), [("sd3.5/flow_grpo_geneval", 32), ("sd3.5/diffusion_nft_geneval", 8)])
+def test_sd35_recipes_divide_over_the_papers_gpus_and_over_fewer(name, processes):
+    while processes:
+        online._check_sizes(online.load(name), processes)
+        processes //= 2
+
+
+def test_a_clip_in_shapes_means_what_it_means_on_sd35():
+    """D x clip, in nats: 65,536 x 1e-4 = 6.6 on SD3.5 at 512 px; 256 x clip is to be of that size."""
+    assert 3 < 8 * 8 * 4 * online.load("shapes/flow_grpo").objective["clip"] < 10
+
+
+def test_recipes_name_no_absolute_path():
+    for path in Path(recipes_directory()).rglob("*.yaml"):
+        config = online.load(path)
+        for value in (config.model, config.prompts, config.reward, config.output_dir):
+            assert not Path(value).is_absolute()
