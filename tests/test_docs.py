@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import typer
 import yaml
 
 from burnish import cli
+from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
-from burnish.config import find_recipe, list_recipes
+from burnish.config import find_recipe, from_signature, list_recipes
 from burnish.trainers import online
 
 ROOT = Path(__file__).parents[1]
@@ -161,13 +163,40 @@ def test_the_algorithms_page_has_every_algorithm():
             assert online.load(find_recipe(recipe)).algorithm == name
 
 
+def table(page: str) -> dict[str, str]:
+    """The first two columns of a page's tables: setting -> default."""
+    rows = re.findall(r"^\| `([\w.]+)` \| ([^|;:]*)", (DOCS / page).read_text("utf-8"), re.MULTILINE)
+    return {name: default.strip() for name, default in rows}
+
+
+def values(config, prefix: str = "") -> dict[str, object]:
+    """Every setting of a dataclass with its default; a section's under its dotted name."""
+    found = {}
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if is_dataclass(default):
+            found |= values(type(default), f"{prefix}{field.name}.")
+        elif default != {}:
+            found[prefix + field.name] = "required" if default is MISSING else default
+    return found
+
+
+def test_the_configuration_page_has_every_setting_with_its_default():
+    settings = from_signature(group_relative, "advantages").model_fields
+    expected = values(online.OnlineConfig) | {f"advantages.{name}": one.default for name, one in settings.items()}
+    told = {name: str(yaml.safe_load(default)) for name, default in table("configuration.md").items()}
+    read = {name: float(text) if isinstance(expected.get(name), float) else text for name, text in told.items()}
+    wanted = {name: value if isinstance(value, float) else str(value) for name, value in expected.items()}
+    assert read == {**wanted, "mixed_precision": "False"}  # YAML's no
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithms_page_has_every_setting_with_its_default(name):
-    page = (DOCS / f"algorithms/{name}.md").read_text("utf-8")
-    recipe = online.load(next(f for f, _ in list_recipes() if f.startswith("shapes/") and f.endswith(name)))
-    for section in ("objective", "replay"):
-        for setting in getattr(recipe, section):
-            assert f"`{section}.{setting}`" in page or f"`.{setting}`" in page, f"{section}.{setting}"
+    row, told = ALGORITHMS[name], table(f"algorithms/{name}.md")
+    for section, function in (("objective", row.objective), ("replay", row.replay)):
+        for setting, one in from_signature(function, section).model_fields.items():
+            default = told[f"{section}.{setting}"].strip("`").split()[0].strip("`,")
+            assert yaml.safe_load(default) == one.default or float(default) == one.default, setting
 
 
 @pytest.mark.parametrize("sampler", ["sde", "ode"])

@@ -3,8 +3,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from diffusers import UNet2DConditionModel
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import CLIPTextModelWithProjection
 
 from burnish.objectives import diffusion_nft, flow_grpo

@@ -21,7 +21,7 @@ def truth(scene: scenes.Scene) -> list[dict]:
 
 @pytest.mark.parametrize("kind", captions.KINDS)
 def test_a_scene_satisfies_its_prompt(kind):
-    for prompt, scene in drawn(kind, 300):
+    for prompt, scene in drawn(kind, 100):
         verdict = geneval_verdict(truth(scene), prompt)
         assert verdict.correct, (prompt["prompt"], verdict.reasons)
         assert verdict.score == 1
@@ -30,7 +30,7 @@ def test_a_scene_satisfies_its_prompt(kind):
 
 @pytest.mark.parametrize("kind", captions.KINDS)
 def test_objects_touch_neither_each_other_nor_the_border(kind):
-    for _, scene in drawn(kind, 300, seed=1):
+    for _, scene in drawn(kind, 100, seed=1):
         for i, one in enumerate(scene.things):
             x1, y1, x2, y2 = one.box
             assert min(x1, y1) >= scenes.GAP / 2

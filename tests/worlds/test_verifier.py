@@ -41,18 +41,18 @@ def test_agrees_with_the_truth_on_fresh_renders(kind):
 @KINDS
 def test_agrees_with_the_truth_on_renders_of_another_prompt(kind):
     """Accepting is half of it: a picture of something else has to be judged as its true boxes are."""
-    prompts, drawn = fresh(kind, 300, seed=101)
-    others = fresh(kind, 300, seed=102)[0]
+    drawn = fresh(kind, 120, seed=101)[1]
+    others = fresh(kind, 120, seed=102)[0]
     agreed = 0
     for found, scene, prompt in zip(detect(scenes.render(drawn)), drawn, others, strict=True):
         truth = [{"class": t.shape, "color": t.color, "confidence": 1.0, "box": t.box} for t in scene.things]
         agreed += geneval_verdict(found, prompt).correct == geneval_verdict(truth, prompt).correct
-    assert agreed / 300 >= 0.98
+    assert agreed / 120 >= 0.98
 
 
 @KINDS
 def test_withstands_a_little_noise(kind):
-    prompts, drawn = fresh(kind, 200, seed=103)
+    prompts, drawn = fresh(kind, 100, seed=103)
     images = scenes.render(drawn)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     assert accepted((images + 0.02 * noise).clamp(0, 1), prompts) >= 0.97
@@ -60,7 +60,7 @@ def test_withstands_a_little_noise(kind):
 
 @KINDS
 def test_withstands_a_little_blur(kind):
-    prompts, drawn = fresh(kind, 200, seed=104)
+    prompts, drawn = fresh(kind, 100, seed=104)
     blurred = ndimage.gaussian_filter(scenes.render(drawn).numpy(), sigma=(0, 0, 0.4, 0.4))
     assert accepted(torch.from_numpy(blurred), prompts) >= 0.95
 

@@ -32,7 +32,7 @@ def open_target(target: str | Path, adapter: Path | None = None) -> Policy:
     pipeline: Any = load_pipeline(model, dtype)
     if adapter is not None:
         _load_adapter(pipeline, adapter, model)
-    return load_policy(pipeline, device=PartialState().device)
+    return load_policy(pipeline, device=str(PartialState().device))
 
 
 def run_config(target: str | Path) -> online.OnlineConfig | None:

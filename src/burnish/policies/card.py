@@ -33,12 +33,13 @@ def write_card(
     """
     on_hub = HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
     tag = algorithm.lower().replace(" ", "-")
+    example: dict[str, Any] = {"widget": [{"text": prompt, "output": {"url": picture.as_posix()}}]} if picture else {}
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "lora", "text-to-image", "burnish", tag],
         base_model=base_model if on_hub else None,
-        **({"widget": [{"text": prompt, "output": {"url": picture.as_posix()}}]} if picture else {}),
+        **example,
     )
     settings = config["evaluation"]
     name = base_model if on_hub or base_model.startswith("package:") else Path(base_model).name

@@ -27,7 +27,7 @@ def curve(lines: Mapping[str, Points], *, band: Band = (), percent: bool = False
         return f"{LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT):.1f}"
 
     def down(y: float) -> str:
-        return f"{TOP + (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
+        return f"{TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     parts = [f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(lines))}">']
     for y in y_ticks:
