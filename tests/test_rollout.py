@@ -95,6 +95,20 @@ def test_noise_in_the_steps_is_drawn_anew_for_each_seed_and_step(policy, kind):
     assert not torch.allclose(one[:, -1], deterministic, atol=1e-2)
 
 
+@torch.no_grad()
+def test_each_step_has_the_next_noise_of_its_seeds_generator(policy, kind):
+    rollout = sample(policy, PROMPTS, steps=3, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
+    for i, seed in enumerate(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(policy.latent_shape(), generator=generator)  # the first, which the pipeline draws
+        noise = torch.randn((3, *policy.latent_shape()), generator=generator)
+        for index in range(3):
+            x = rollout.trajectory[i : i + 1, index]
+            prediction = policy.predict(x, rollout.grid.times[index], rollout.conditioning[i : i + 1])
+            step = policy.process.transition(rollout.grid, index, x, prediction, rollout.sampler)
+            close(step.sample(noise=noise[index : index + 1])[0], rollout.trajectory[i, index + 1])
+
+
 @pytest.mark.parametrize("noisy", [True, False])
 def test_slices_give_the_same_latents(policy, kind, noisy):
     def rollout(size):

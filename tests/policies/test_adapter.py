@@ -112,8 +112,9 @@ def test_the_reference_is_left_also_by_an_exception_and_keeps_no_gradient(make, 
     policy = load_policy(make(family), LoraConfig(rank=4))
     perturb(policy)
     own = predict(policy).detach()
-    with pytest.raises(Interrupted), policy.reference():
+    with policy.reference():
         assert not predict(policy).requires_grad
+    with pytest.raises(Interrupted), policy.reference():
         raise Interrupted
     assert torch.equal(predict(policy), own)
     assert predict(policy).requires_grad
@@ -128,9 +129,10 @@ def test_other_weights_are_put_back_also_after_an_exception(make, family):
     perturb(policy)
     own, graph = predict(policy).detach(), predict(policy).square().sum()
     storage = [parameter.data_ptr() for parameter in policy.trainable().values()]
-    with pytest.raises(Interrupted), policy.weights(older):
+    with policy.weights(older):
         assert torch.equal(predict(policy), start)
         assert not predict(policy).requires_grad
+    with pytest.raises(Interrupted), policy.weights(older):
         raise Interrupted
     assert torch.equal(predict(policy), own)
     assert [parameter.data_ptr() for parameter in policy.trainable().values()] == storage

@@ -128,5 +128,5 @@ def test_what_cannot_be_loaded_is_said_in_one_line(files, source, said):
 
 
 def test_the_message_names_what_was_asked_for():
-    with pytest.raises(UserError, match="^detector 'x'"):
+    with pytest.raises(UserError, match=r"^detector 'x'"):
         load_callable("x", "detector")

@@ -3,9 +3,11 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -161,14 +163,9 @@ def test_a_round_whose_gradient_overflows_is_counted_and_changes_nothing(config)
 def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count):
     session = online.open_session(config(updates_per_round=2, batch_size=4))
 
-    class Share:
-        num_processes = count
-
-        def __init__(self, index: int) -> None:
-            self.process_index = index
-
     alone = online.deal(session.stream, 3, session.config, session.accelerator)
-    shares = [online.deal(session.stream, 3, session.config, Share(index)) for index in range(count)]
+    places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
+    shares = [online.deal(session.stream, 3, session.config, place) for place in places]
     updates = [[seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)]
     assert [set(update) for update in updates] == [set(alone.seeds[:8]), set(alone.seeds[8:])]
     assert len(set(alone.seeds)) == 16

@@ -1,6 +1,6 @@
 """Does the model do what it was trained for, and what did it give up for it."""
 
-from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, evaluate, wilson
+from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, check_judgeable, evaluate, wilson
 from burnish.evaluation.diversity import group_distance
 from burnish.evaluation.geneval import Verdict, geneval_verdict, relations
 
@@ -9,6 +9,7 @@ __all__ = [
     "Detector",
     "Evaluation",
     "Verdict",
+    "check_judgeable",
     "evaluate",
     "geneval_verdict",
     "group_distance",

@@ -72,6 +72,16 @@ def wilson(correct: Sequence[bool], z: float = 1.96) -> Accuracy:
     return Accuracy(mean, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
+def check_judgeable(prompts: Sequence[Mapping[str, Any]]) -> None:
+    """UserError that names the first prompt without `include`."""
+    for number, metadata in enumerate(prompts, start=1):
+        if "include" not in metadata:
+            raise UserError(
+                f'evaluation prompt {number} ({metadata["prompt"]!r}) has no "include": give GenEval metadata, one '
+                'object a line with "tag", "prompt" and "include"'
+            )
+
+
 def evaluate(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
@@ -89,12 +99,7 @@ def evaluate(
     every policy, so that two evaluations can be compared picture by picture. Raises UserError for a prompt without
     `include`, which cannot be judged.
     """
-    for number, metadata in enumerate(prompts, start=1):
-        if "include" not in metadata:
-            raise UserError(
-                f'evaluation prompt {number} ({metadata["prompt"]!r}) has no "include": give GenEval metadata, one '
-                'object a line with "tag", "prompt" and "include"'
-            )
+    check_judgeable(prompts)
     asked = [metadata for metadata in prompts for _ in range(images_per_prompt)]
     seeds = [seed + number for number in range(len(asked))]
     texts = [metadata["prompt"] for metadata in asked]

@@ -8,8 +8,9 @@ Shapes: `step` and `reference_step` are Gaussians over [batch, *latent]; the res
 Units:  nats per latent element; "code" is nats times time.
 Reference: Liu et al. 2025, https://arxiv.org/abs/2505.05470, section 4.3 (exact); yifan123/flow_grpo
     scripts/train_sd3.py (code, see its issues 22 and 78); http://joschu.net/blog/kl-approx.html (k3).
-Differs from: nothing. On values sampled by an older policy k3 is biased, and it is not what Flow-GRPO uses. Its r is the
-    D-th root of the density ratio, as in the loss: with D > 1 elements it estimates exp(k / D - k) - 1 + k, not the KL k.
+Differs from: nothing. On values sampled by an older policy k3 is biased, and it is not what Flow-GRPO uses. Its r is
+    the D-th root of the density ratio, as in the loss: with D > 1 elements it estimates exp(k / D - k) - 1 + k instead
+    of the KL k.
 """
 
 from typing import Literal

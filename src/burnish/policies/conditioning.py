@@ -33,21 +33,21 @@ class Conditioning:
 
 
 class PromptCache:
-    """Encodes each prompt once and keeps the result for as long as the policy lives."""
+    """Encodes each prompt once and keeps the result for as long as the policy lives.
 
-    def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]], batch_size: int = 64) -> None:
+    One prompt at a time: in a batch an encoding depends, in its last bits, on what else is in it, and a resumed run
+    meets its prompts in another company.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
         self._encode = encode
-        self._batch_size = batch_size
         self._rows: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Tensors [batch, ...] for `prompts`, in their order."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        for start in range(0, len(missing), self._batch_size):
-            part = missing[start : start + self._batch_size]
-            encoded = self._encode(part)
-            for row, prompt in enumerate(part):
-                self._rows[prompt] = {name: tensor[row] for name, tensor in encoded.items()}
+        for prompt in prompts:
+            if prompt not in self._rows:
+                self._rows[prompt] = {name: tensor[0] for name, tensor in self._encode([prompt]).items()}
         rows = [self._rows[prompt] for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -29,7 +29,12 @@ Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Scores]
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
     """Call a reward and check what it says: one finite number a picture, or UserError that names the reward."""
     name = getattr(reward, "__name__", type(reward).__name__)
-    scores = reward(images, prompts, metadata)
+    try:
+        scores = reward(images, prompts, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's code, which may raise anything
+        raise UserError(f"reward {name}: raised {_described(error)}; --traceback shows where") from error
     if not isinstance(scores, Scores):
         try:
             scores = Scores(torch.as_tensor(scores).float())
@@ -66,15 +71,20 @@ def load_callable(source: str, what: str = "reward") -> Callable[..., Any]:
         module = importlib.util.module_from_spec(specification)
         try:
             specification.loader.exec_module(module)
-        except (ImportError, SyntaxError) as error:
-            raise UserError(f"{what} {source}: {place} cannot be imported ({error})") from error
+        except Exception as error:  # a stranger's code, as above
+            raise UserError(f"{what} {source}: {place} cannot be imported ({_described(error)})") from error
     else:
         try:
             module = importlib.import_module(place)
-        except (ImportError, SyntaxError) as error:
-            raise UserError(f"{what} {source}: module {place} cannot be imported ({error})") from error
+        except Exception as error:  # a stranger's code, as above
+            raise UserError(f"{what} {source}: module {place} cannot be imported ({_described(error)})") from error
     found = getattr(module, name, None)
     if not callable(found):
         public = ", ".join(sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_")[:6])
         raise UserError(f"{what} {source}: {place} has no function {name}; it has {public or 'none'}")
     return found
+
+
+def _described(error: Exception) -> str:
+    """Type and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

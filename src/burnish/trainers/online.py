@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from annotated_types import Ge, Gt
@@ -29,7 +29,7 @@ from burnish.algorithms import ALGORITHMS
 from burnish.config import choose, dump_config, load_config, override, read_recipe
 from burnish.data import PromptStream, load_prompts
 from burnish.errors import UserError
-from burnish.evaluation import Evaluation, evaluate, group_distance
+from burnish.evaluation import Evaluation, check_judgeable, evaluate, group_distance
 from burnish.pictures import one_of_each_kind, save_grid
 from burnish.policies import LoraConfig, Policy, load_policy
 from burnish.replay import Replay
@@ -169,18 +169,25 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         if not config.evaluation.detector:
             raise UserError("evaluation.prompts is set, but evaluation.detector is not: name one, as module:function")
         held_out = load_prompts(config.evaluation.prompts)
+        check_judgeable(held_out)
         detector = load_callable(config.evaluation.detector, "detector")
     torch.manual_seed(config.seed)  # the adapter's first weights
     policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
+    replay, sampler = row.replay(**config.replay), _sampler(policy, config)
+    if replay.keep == "trajectory" and (sampler == policy.process.deterministic or not config.rollout.noise_level):
+        raise UserError(
+            f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
+            f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
+        )
     session = Session(
         config=config,
         accelerator=accelerator,
         policy=policy,
-        sampler=policy.process.sampler(config.rollout.sampler, config.rollout.noise_level),
+        sampler=sampler,
         reward=reward,
-        replay=row.replay(**config.replay),
+        replay=replay,
         objective=partial(row.objective, **config.objective),
         update=Update(accelerator, policy.trainable(), config.update),
         behaviour={name: parameter.detach().clone() for name, parameter in policy.trainable().items()},
@@ -206,6 +213,8 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
             raise UserError(f"report_to={name} is not a tracker of accelerate's: it knows {', '.join(sorted(known))}")
         if name not in [str(tracker) for tracker in get_available_trackers()]:
             raise UserError(f"report_to={name} needs a package that is not installed: pip install {name}")
+    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        raise UserError("mixed_precision=fp16 needs a GPU, and there is none: choose bf16 or no")
     project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
     return Accelerator(
         mixed_precision=config.mixed_precision,
@@ -363,6 +372,13 @@ def save_samples(session: Session, prompts: Sequence[Mapping[str, Any]], path: P
 def _gather(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The values of all processes, in the order of their ranks."""
     return accelerator.gather(values.to(accelerator.device))  # pyright: ignore[reportReturnType]: a tensor gives one
+
+
+def _sampler(policy: Policy, config: OnlineConfig) -> Any:
+    try:
+        return policy.process.sampler(config.rollout.sampler, config.rollout.noise_level)
+    except ValueError as error:
+        raise UserError(f"rollout: {error}") from error
 
 
 def _check_sizes(config: OnlineConfig, processes: int) -> None:

@@ -30,8 +30,12 @@ class Run:
         self.adapter = self.directory / "adapter"
 
     def create(self, config: str, seed: int) -> None:
-        """Make the directory for a new run; UserError if it holds one already or cannot be written."""
-        if (self.directory / "config.yaml").exists():
+        """Make the directory for a new run; UserError if it holds one already or cannot be written.
+
+        What a run left that never finished a round (its reward raised, say) is taken over: nothing is lost.
+        """
+        before = checkpoint.read_jsonl(self.metrics) if self.metrics.exists() else []
+        if self.checkpoints.exists() or any(row["step"] > 0 for row in before):
             raise UserError(
                 f"{self.directory} holds a run already: go on with it by `burnish resume {self.directory}`, "
                 "or choose another output_dir"
@@ -42,6 +46,7 @@ class Run:
             raise UserError(
                 f"{self.directory} cannot be written ({error.strerror}): choose another output_dir"
             ) from error
+        checkpoint.truncate_jsonl(self.metrics, -1)
         checkpoint.atomic_write(self.directory / "environment.json", json.dumps(environment(seed), indent=2) + "\n")
         if difference := _git("diff", "HEAD"):
             checkpoint.atomic_write(self.directory / "code.diff", difference)
