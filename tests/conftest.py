@@ -45,8 +45,7 @@ def tiny_recipe(tiny_flow, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "prompts.txt").write_text("a red circle\na blue square\na green cross\na red square\n")
     (folder / "red.py").write_text(
-        "def red(images, prompts, metadata):\n"
-        "    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+        "def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
     )
     return f"""
 algorithm: diffusion_nft

@@ -227,9 +227,10 @@ def test_demo(burnish, library):
 
 
 def test_bench(burnish, library):
-    calls = library("burnish.bench", bench_sde_step={"median_ms": 0.512345, "repeats": 3})
-    assert burnish("bench", "--repeats", "3") == (0, "figure     value\nmedian_ms  0.5123\nrepeats    3\n", "")
-    assert calls == [("bench_sde_step", (), {"repeats": 3})]
+    calls = library("burnish.bench", bench={"sde": {"step_ms": 0.512345}})
+    code, out, err = burnish("bench", "sde", "--repeats", "3")
+    assert (code, json.loads(out), err) == (0, {"sde": {"step_ms": 0.512345}}, "")
+    assert calls == [("bench", ("sde",), {"repeats": 3})]
 
 
 def test_algorithms(burnish, library, monkeypatch):

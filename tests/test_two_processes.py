@@ -17,7 +17,14 @@ ALGORITHMS = {
     "flow_grpo": {"algorithm": "flow_grpo", "objective": {"clip": 0.02, "kl_weight": 0.02}},
     "diffusion_nft": {"algorithm": "diffusion_nft", "replay": {"times_per_sample": 2, "behaviour_rate": 0.02}},
 }
-PROGRAM = "import sys\nfrom burnish.trainers import online\nfor recipe in sys.argv[1:]: online.train(online.load(recipe))\n"
+PROGRAM = """
+import sys
+from accelerate import PartialState
+from burnish.trainers import online
+for recipe in sys.argv[1:]:
+    online.train(online.load(recipe))
+    assert PartialState().num_processes == 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,8 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
         online.train(online.load(folder / f"one-{name}.yaml"))
     program = folder / "train.py"
     program.write_text(PROGRAM)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # `--cpu` would start one process, or need MPI; this starts two, and the environment keeps them on the CPU.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", program]
     done = subprocess.run(
         [sys.executable, *launch, *(folder / f"two-{name}.yaml" for name in ALGORITHMS)],

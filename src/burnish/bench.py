@@ -1,13 +1,28 @@
 """What burnish itself costs, measured beside what the memory allows."""
 
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from burnish.algorithms import ALGORITHMS
+from burnish.policies import LoraConfig
 from burnish.processes import FlowSDE, RectifiedFlow
+from burnish.rollout import RolloutConfig
+from burnish.trainers.online import OnlineConfig, Session, one_round, open_session
+
+MODEL = "package:burnish.worlds.shapes/models/flow"
+PROMPTS = "package:burnish.worlds.shapes/prompts/train.jsonl"
+REWARD = "burnish.worlds.shapes:reward"
+STEPS = (4, 8, 16)
 
 
 def bench_sde_step(repeats: int = 200) -> dict[str, float]:
@@ -50,3 +65,172 @@ def bench_sde_step(repeats: int = 200) -> dict[str, float]:
         result[f"{name}_ms"] = statistics.median(times[10:])  # the first ten warm the caches
         result[f"{name}_min_ms"] = min(times[10:])
     return result
+
+
+@contextmanager
+def small_session(algorithm: str, model: str, steps: int) -> Iterator[Session]:
+    """A session on 128 pictures a round, two updates of one network call's batch each, in a folder that is dropped."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield open_session(
+            OnlineConfig(
+                algorithm=algorithm,
+                model=model,
+                prompts=PROMPTS,
+                reward=REWARD,
+                rounds=1,
+                output_dir=str(Path(folder) / "run"),
+                prompts_per_round=8,
+                num_generations=16,
+                batch_size=64,
+                mixed_precision="bf16",
+                lora=LoraConfig(rank=64, alpha=64, targets="all-linear"),
+                rollout=RolloutConfig(steps=steps, guidance=1.0),
+                replay={"times_per_sample": 4} if algorithm == "diffusion_nft" else {},
+                report_to=[],
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network or the VAE's decoder, to be made again."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+    learns: bool  # with gradients
+    adapted: bool  # with the adapter on
+    autocast: bool
+
+
+def bench_overhead(model: str = MODEL, repeats: int = 5, steps: int = 8) -> dict[str, float]:
+    """What a round of each algorithm costs beyond its network, VAE, reward and optimiser.
+
+    One round is recorded. Then, in turn: the round, and alone the very calls that it made of the network (forward, and
+    backward where it learns), of the VAE, the reward and the optimiser, on the same tensors. Prompts are encoded
+    before. Gives for each algorithm the medians in seconds, `<algorithm>/round_s` and `<algorithm>/alone_s`, and their
+    ratio `<algorithm>/overhead`.
+    """
+    result: dict[str, float] = {}
+    for algorithm in ALGORITHMS:
+        with small_session(algorithm, model, steps) as session:
+            calls, rewarded = _record(session)
+            rounds, alone = [], []
+            for repeat in range(repeats + 1):
+                start = time.perf_counter()
+                one_round(session)
+                rounds.append(time.perf_counter() - start)
+                alone.append(_replay(session, calls, rewarded))
+                for name, parameter in session.policy.trainable().items():  # the next round samples from what it trains
+                    session.behaviour[name].copy_(parameter.detach())
+                if repeat == 0:  # warms the caches
+                    rounds.clear()
+                    alone.clear()
+        result[f"{algorithm}/round_s"] = statistics.median(rounds)
+        result[f"{algorithm}/alone_s"] = statistics.median(alone)
+        result[f"{algorithm}/overhead"] = result[f"{algorithm}/round_s"] / result[f"{algorithm}/alone_s"]
+    return result
+
+
+def _record(session: Session) -> tuple[list[Call], tuple[Any, ...]]:
+    """The calls of one round, in their order, and what the reward was asked."""
+    policy, calls, asked = session.policy, [], []
+    adapter = next(module for module in policy.module.modules() if isinstance(module, BaseTunerLayer))
+    decoder, reward = policy.pipeline.vae.decode, session.reward
+
+    def note(run: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(policy.device.type)
+        calls.append(Call(run, arguments, settings, grad, not adapter.disable_adapters, autocast))
+
+    def decode(*arguments: Any, **settings: Any) -> Any:
+        note(decoder, arguments, settings)
+        return decoder(*arguments, **settings)
+
+    def rewarded(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return reward(*arguments)
+
+    hook = policy.module.register_forward_pre_hook(lambda module, a, s: note(module, a, s), with_kwargs=True)
+    policy.pipeline.vae.decode, session.reward = decode, rewarded
+    try:
+        one_round(session)
+    finally:
+        hook.remove()
+        policy.pipeline.vae.decode, session.reward = decoder, reward
+    return calls, asked[0]
+
+
+def _replay(session: Session, calls: list[Call], rewarded: tuple[Any, ...]) -> float:
+    """Make the calls again; seconds in them. Switching the adapter, and all else between calls, is not counted."""
+    policy, optimizer, seconds = session.policy, session.update.optimizer, 0.0
+    learning = [call for call in calls if call.learns]
+    share = len(learning) // session.config.updates_per_round
+    done = 0
+    for call in calls:
+        with torch.set_grad_enabled(call.learns), nullcontext() if call.adapted else policy.reference():
+            start = time.perf_counter()
+            with session.accelerator.autocast() if call.autocast else nullcontext():
+                output = call.run(*call.arguments, **call.settings)
+            if call.learns:
+                output[0].backward(torch.ones_like(output[0]))
+            seconds += time.perf_counter() - start
+        done += call.learns
+        if call.learns and done % share == 0:
+            start = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - start
+    start = time.perf_counter()
+    session.reward(*rewarded)
+    return seconds + time.perf_counter() - start
+
+
+def bench_memory(model: str = MODEL) -> dict[str, float]:
+    """Whether a training pass' memory grows with the number of denoising steps T.
+
+    Gives, for a Flow-GRPO round of T steps, the most bytes that autograd held at once: `steps_<T>_mb`, in 10^6 bytes,
+    and `growth`, the largest over the smallest.
+    """
+    held = {}
+    for steps in STEPS:
+        with small_session("flow_grpo", model, steps) as session:
+            meter = Meter()
+            with torch.autograd.graph.saved_tensors_hooks(meter.hold, lambda kept: kept.tensor):
+                one_round(session)
+            held[steps] = meter.peak / 1e6
+    return {f"steps_{steps}_mb": size for steps, size in held.items()} | {
+        "growth": max(held.values()) / min(held.values())
+    }
+
+
+class Meter:
+    """Counts the bytes of the tensors that autograd holds for the backward pass."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def hold(self, tensor: Tensor) -> "Held":
+        self.now += tensor.nbytes
+        self.peak = max(self.peak, self.now)
+        return Held(tensor, self)
+
+
+class Held:
+    def __init__(self, tensor: Tensor, meter: Meter) -> None:
+        self.tensor, self.meter = tensor, meter
+
+    def __del__(self) -> None:
+        self.meter.now -= self.tensor.nbytes
+
+
+def bench(
+    what: Literal["sde", "overhead", "memory", "all"] = "all", model: str = MODEL, repeats: int | None = None
+) -> dict[str, dict[str, float]]:
+    """The benchmarks by name, each with its figures; `repeats` is each one's own unless given."""
+    often = {} if repeats is None else {"repeats": repeats}
+    benchmarks: dict[str, Callable[[], dict[str, float]]] = {
+        "sde": lambda: bench_sde_step(**often),
+        "overhead": lambda: bench_overhead(model, **often),
+        "memory": lambda: bench_memory(model),
+    }
+    return {name: run() for name, run in benchmarks.items() if what in (name, "all")}

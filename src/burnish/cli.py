@@ -5,12 +5,14 @@ Exit codes: 0 done, 2 a mistake the user can mend (one line, no traceback), 130 
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -226,13 +228,25 @@ def demo(output: Output = None) -> None:
     pipeline.demo(**_given(output=output))
 
 
-@app.command()
-def bench(repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None) -> None:
-    """Time one SDE step with its log-prob on one thread."""
-    from burnish.bench import bench_sde_step
+class Benchmark(StrEnum):
+    sde = "sde"
+    overhead = "overhead"
+    memory = "memory"
+    all = "all"
 
-    figures = bench_sde_step(**_given(repeats=repeats))
-    _print_table(("figure", "value"), [(name, _text(value)) for name, value in figures.items()])
+
+@app.command()
+def bench(
+    what: Annotated[
+        Benchmark, typer.Argument(help="An SDE step, the trainer's own cost, memory against steps.")
+    ] = Benchmark.all,
+    model: Annotated[str | None, typer.Option(help="The model that the last two train.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None,
+) -> None:
+    """Measure what burnish itself costs; prints JSON."""
+    from burnish import bench as benchmarks
+
+    print(json.dumps(benchmarks.bench(what.value, **_given(model=model, repeats=repeats)), indent=2))
 
 
 def _given(**settings: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A replay says what a rollout must keep, which policy samples, and yields `(loss,
 so that the trainer can back-propagate each at once and memory does not grow with the number of denoising steps.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -72,7 +73,7 @@ class StoredTransitions:
         trajectory, old_log_probs = rollout.trajectory, rollout.log_probs
         assert trajectory is not None
         assert old_log_probs is not None
-        wants_kl = bool(getattr(objective, "keywords", {}).get("kl_weight"))
+        wants_kl = bool(_setting(objective, "kl_weight"))
         for index in range(self.calls(rollout.grid.steps)):
             x, x_next = trajectory[:, index], trajectory[:, index + 1]
 
@@ -126,7 +127,7 @@ class ForwardProcess:
         x0, times = rollout.latents, rollout.grid.times[: rollout.grid.steps]
         levels, noises = zip(*(self._draws(seed, len(times), x0.shape[1:]) for seed in rollout.seeds), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(x0.device)
-        wants_reference = bool(getattr(objective, "keywords", {}).get("kl_weight"))
+        wants_reference = bool(_setting(objective, "kl_weight"))
         for call in range(self.times_per_sample):
             s = times[level[call]].to(x0.device)
             x = policy.process.add_noise(x0, noise[call], s)
@@ -148,3 +149,8 @@ class ForwardProcess:
         repeats = -(-self.times_per_sample // levels)
         order = torch.cat([torch.randperm(levels, generator=generator) for _ in range(repeats)])
         return order[: self.times_per_sample], torch.randn((self.times_per_sample, *shape), generator=generator)
+
+
+def _setting(objective: Objective, name: str) -> Any:
+    """What an objective takes for a setting: what it was given as a partial, or its own default."""
+    return inspect.signature(objective).parameters[name].default

@@ -17,7 +17,8 @@ def stock_run(pipeline, prompts, seeds, *, output_type, **options):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # 1e-5 of the largest element: guided random networks amplify the rounding of small ones.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize(

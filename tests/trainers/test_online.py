@@ -56,7 +56,13 @@ def test_a_run_leaves_what_a_run_directory_holds(config, algorithm):
         assert all(value is not None and math.isfinite(value) for value in row.values())
         assert row["diversity/pixels"] > 0
         assert row["skipped_updates"] == 0
-    assert {path.name for path in run.iterdir()} >= {"config.yaml", "environment.json", "samples", "checkpoints", "adapter"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "samples",
+        "checkpoints",
+        "adapter",
+    }
     assert {path.name for path in (run / "samples").iterdir()} == {"step-000000.png", "step-000002.png"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-000001", "step-000002"}
     assert online.load(run / "config.yaml") == online.load(run.parent / "recipe.yaml")
@@ -75,7 +81,11 @@ def test_parts_of_the_reward_and_held_out_accuracy_are_told(config, tmp_path):
     )
     held_out = {"tag": "single_object", "prompt": "a red circle", "include": [{"class": "circle", "count": 1}]}
     (tmp_path / "held_out.jsonl").write_text(json.dumps(held_out) + "\n")
-    evaluation = {"prompts": str(tmp_path / "held_out.jsonl"), "detector": f"{tmp_path / 'mine.py'}:nothing", "steps": 2}
+    evaluation = {
+        "prompts": str(tmp_path / "held_out.jsonl"),
+        "detector": f"{tmp_path / 'mine.py'}:nothing",
+        "steps": 2,
+    }
     told = rows(online.train(config(reward=f"{tmp_path / 'mine.py'}:parts", evaluation=evaluation)))
     for row in told[1:]:
         assert row["rewards/red/mean"] + row["rewards/size/mean"] == pytest.approx(row["reward"], abs=1e-6)
@@ -166,7 +176,9 @@ def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count
     alone = online.deal(session.stream, 3, session.config, session.accelerator)
     places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
     shares = [online.deal(session.stream, 3, session.config, place) for place in places]
-    updates = [[seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)]
+    updates = [
+        [seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)
+    ]
     assert [set(update) for update in updates] == [set(alone.seeds[:8]), set(alone.seeds[8:])]
     assert len(set(alone.seeds)) == 16
     assert sorted(alone.groups.tolist()) == sorted([0, 1, 2, 3] * 4)
@@ -194,10 +206,11 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_is_loaded(config, 
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(config, tmp_path):
-    runs = [online.train(config(output_dir=str(tmp_path / name), seed=seed)) for name, seed in zip("abc", (0, 0, 1))]
-    first, again, other = (
-        (run / "adapter" / "pytorch_lora_weights.safetensors").read_bytes() for run in runs
-    )
+    runs = [
+        online.train(config(output_dir=str(tmp_path / name), seed=seed))
+        for name, seed in zip("abc", (0, 0, 1), strict=True)
+    ]
+    first, again, other = ((run / "adapter" / "pytorch_lora_weights.safetensors").read_bytes() for run in runs)
     assert first == again
     assert first != other
 

@@ -37,7 +37,7 @@ while line := sys.stdin.readline():
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 ALGORITHMS = {
-    "flow_grpo": "algorithm: flow_grpo\nobjective: {clip: 0.02, kl_weight: 0.02}\nupdate: {ema_decay: 0.9, ema_every: 2}",
+    "flow_grpo": "algorithm: flow_grpo\nobjective: {clip: 0.02}\nupdate: {ema_decay: 0.9, ema_every: 2}",
     "diffusion_nft": "replay: {times_per_sample: 2, behaviour_rate: 0.02, behaviour_max: 0.3}",
 }
 
@@ -87,7 +87,9 @@ def expected(request, commands, tiny_recipe, tmp_path_factory) -> Expected:
     """The uninterrupted run."""
     folder = tmp_path_factory.mktemp(request.param)
     recipe = folder / "recipe.yaml"
-    settings = f"output_dir: {folder / 'run'}\nrounds: {ROUNDS}\ncheckpoint_every: 2\nprompts_per_round: 3\nbatch_size: 6\n"
+    settings = (
+        f"output_dir: {folder / 'run'}\nrounds: {ROUNDS}\ncheckpoint_every: 2\nprompts_per_round: 3\nbatch_size: 6\n"
+    )
     recipe.write_text(merged(tiny_recipe, settings + ALGORITHMS[request.param]))
     commands.start("train", recipe)
     await_rows(folder / "run", 1)

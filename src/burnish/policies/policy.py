@@ -4,6 +4,7 @@ The pipeline stays genuine: its own scheduler gives the schedule, its own `encod
 the pictures, its own `save_lora_weights` the file. Only the network's LoRA is trained, in fp32 whatever the rest is in.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -184,8 +185,20 @@ class Policy(ABC):
         scale = self.lora.alpha / self.lora.rank
         state = {name: (t * scale if "lora_B" in name else t).detach().cpu().contiguous() for name, t in state.items()}
         metadata = self.module.peft_config["default"].to_dict() | {"lora_alpha": self.lora.rank}  # pyright: ignore
+        metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
         self._save_lora(Path(directory), state, metadata)
+        for path in Path(directory).glob("*.safetensors"):
+            _sort_header(path)
         return Path(directory)
 
     @abstractmethod
     def _save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None: ...
+
+
+def _sort_header(path: Path) -> None:
+    """Sort a safetensors file's header, whose order differs from process to process: equal adapters, equal files."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)  # tensors stay aligned
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[start:])

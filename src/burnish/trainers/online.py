@@ -141,7 +141,8 @@ class Session:
 
     def everywhere(self, values: Tensor) -> Tensor:
         """`values` [share, ...] of every process, one after the other, on every process."""
-        return self.accelerator.gather(values.to(self.accelerator.device))
+        gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
+        return gathered
 
     def state(self) -> dict[str, Any]:
         return {
@@ -213,7 +214,7 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
             raise UserError(f"report_to={name} is not a tracker of accelerate's: it knows {', '.join(sorted(known))}")
         if name not in [str(tracker) for tracker in get_available_trackers()]:
             raise UserError(f"report_to={name} needs a package that is not installed: pip install {name}")
-    if config.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+    if config.mixed_precision == "fp16" and getattr(PartialState().device, "type", None) == "cpu":
         raise UserError("mixed_precision=fp16 needs a GPU, and there is none: choose bf16 or no")
     project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
     return Accelerator(
@@ -253,7 +254,7 @@ def one_round(session: Session) -> dict[str, float]:
     config, policy, accelerator = session.config, session.policy, session.accelerator
     clock = [time.perf_counter()]
     batch = deal(session.stream, session.round, config, accelerator)
-    policy.autocast = accelerator.autocast
+    policy.autocast = lambda: accelerator.autocast()
     with policy.weights(session.behaviour):
         rollout = sample(
             policy,
@@ -385,8 +386,8 @@ def _check_sizes(config: OnlineConfig, processes: int) -> None:
     samples, cells = config.prompts_per_round * config.num_generations, config.updates_per_round * processes
     if samples % (cells * config.batch_size):
         raise UserError(
-            f"prompts_per_round x num_generations = {samples} pictures do not divide into updates_per_round x processes "
-            f"x batch_size = {config.updates_per_round} x {processes} x {config.batch_size}: change one of them"
+            f"prompts_per_round x num_generations = {samples} pictures do not divide into updates_per_round x "
+            f"processes x batch_size = {config.updates_per_round} x {processes} x {config.batch_size}: change one"
         )
 
 

@@ -49,7 +49,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training(): the program may train again, in the same group
+            tracker.finish()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log({"step": step, **metrics})
