@@ -17,8 +17,8 @@ import yaml
 from burnish import cli
 from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
-from burnish.config import find_recipe, from_signature, list_recipes
-from burnish.trainers import online
+from burnish.config import dump_config, find_recipe, from_signature, list_recipes
+from burnish.trainers import online, session
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -130,7 +130,7 @@ def test_the_ten_lines_are_a_whole_config(page, monkeypatch):
     (code,) = [block.values[0] for block in blocks("python") if block.id.startswith(str(page.relative_to(ROOT)))][:1]
     exec(code, {})
     (config,) = trained
-    online._check_sizes(config, processes=1)
+    session.check_sizes(config, processes=1)
     assert config.algorithm in ALGORITHMS
     assert config.model == "stabilityai/stable-diffusion-3.5-medium"
 
@@ -143,10 +143,10 @@ def test_examples_hold_a_config_that_a_recipe_could(name, monkeypatch, tmp_path)
     exec(compile(path.read_text("utf-8"), str(path), "exec"), {"__name__": "__main__", "__file__": str(path)})
     (config,) = trained
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(online.dump_config(config), "utf-8")
+    recipe.write_text(dump_config(config), "utf-8")
     loaded = online.load(recipe)
     assert (loaded.model, loaded.rollout, loaded.update) == (config.model, config.rollout, config.update)
-    online._check_sizes(loaded, processes=1)
+    session.check_sizes(loaded, processes=1)
     assert callable(online.load_callable(loaded.reward))
 
 

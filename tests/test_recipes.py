@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from burnish.algorithms import ALGORITHMS
-from burnish.config import list_recipes, recipes_directory
+from burnish.config import dump_config, list_recipes, recipes_directory
 from burnish.data import load_prompts
 from burnish.processes import RectifiedFlow
 from burnish.rewards import load_callable
-from burnish.trainers import online
+from burnish.trainers import online, session
 
 RECIPES = [name for name, _ in list_recipes()]
 each_recipe = pytest.mark.parametrize("name", RECIPES)
@@ -27,7 +27,7 @@ def test_every_yaml_file_is_listed_with_what_it_does():
 @each_recipe
 def test_it_parses_and_reads_back_the_same(name, tmp_path):
     config = online.load(name)
-    (tmp_path / "config.yaml").write_text(online.dump_config(config), "utf-8")
+    (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
     assert online.load(tmp_path / "config.yaml") == config
 
 
@@ -35,7 +35,7 @@ def test_it_parses_and_reads_back_the_same(name, tmp_path):
 def test_its_parts_fit_together(name):
     config = online.load(name)
     row = ALGORITHMS[config.algorithm]
-    online._check_sizes(config, processes=1)
+    session.check_sizes(config, processes=1)
     replay, sampler = (
         row.replay(**config.replay),
         RectifiedFlow().sampler(config.rollout.sampler, config.rollout.noise_level),
@@ -111,7 +111,7 @@ def test_sd35_recipes_are_as_published():
 @pytest.mark.parametrize(("name", "processes"), [("sd3.5/flow_grpo_geneval", 32), ("sd3.5/diffusion_nft_geneval", 8)])
 def test_sd35_recipes_divide_over_the_papers_gpus_and_over_fewer(name, processes):
     while processes:
-        online._check_sizes(online.load(name), processes)
+        session.check_sizes(online.load(name), processes)
         processes //= 2
 
 

@@ -17,7 +17,9 @@ from burnish.algorithms import ALGORITHMS
 from burnish.policies import LoraConfig
 from burnish.processes import FlowSDE, RectifiedFlow
 from burnish.rollout import RolloutConfig
-from burnish.trainers.online import OnlineConfig, Session, one_round, open_session
+from burnish.trainers.online import one_round
+from burnish.trainers.session import Session, open_session
+from burnish.trainers.settings import OnlineConfig
 
 MODEL = "package:burnish.worlds.shapes/models/flow"
 PROMPTS = "package:burnish.worlds.shapes/prompts/train.jsonl"

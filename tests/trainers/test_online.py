@@ -200,7 +200,7 @@ def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_before_anything_is_loaded(config, settings, monkeypatch):
-    monkeypatch.setattr(online, "load_policy", None)
+    monkeypatch.setattr("burnish.trainers.session.load_policy", None)
     with pytest.raises(UserError, match="do not divide"):
         online.train(config(**settings))
 

@@ -1,7 +1,7 @@
 """Does the model do what it was trained for, and what did it give up for it."""
 
 from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, check_judgeable, evaluate, wilson
-from burnish.evaluation.diversity import group_distance
+from burnish.evaluation.diversity import group_distance, thumbnails
 from burnish.evaluation.geneval import Verdict, geneval_verdict, relations
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "geneval_verdict",
     "group_distance",
     "relations",
+    "thumbnails",
     "wilson",
 ]

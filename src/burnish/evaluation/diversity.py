@@ -1,6 +1,7 @@
 """How different the pictures of one prompt are: what a policy loses first when it learns one answer by heart."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,3 +19,12 @@ def group_distance(features: Float[Tensor, "batch *feature"], groups: Int[Tensor
         if len(members) > 1:
             distances.append(torch.pdist(members).mean() / rows.shape[1] ** 0.5)
     return torch.stack(distances).mean() if distances else torch.tensor(float("nan"))
+
+
+def thumbnails(
+    images: Float[Tensor, "batch channel height width"], side: int = 32
+) -> Float[Tensor, "batch channel h w"]:
+    """Pictures or latents, averaged down to `side` on each side where they are larger: enough to tell them apart, and
+    small enough to gather from every process."""
+    height, width = (min(side, length) for length in images.shape[-2:])
+    return F.adaptive_avg_pool2d(images.float(), (height, width))

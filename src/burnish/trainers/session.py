@@ -1,0 +1,146 @@
+"""Opens a run: everything it works with, loaded and checked before the first round."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+
+from burnish import checkpoint
+from burnish.algorithms import ALGORITHMS
+from burnish.config import dump_config
+from burnish.data import PromptStream, load_prompts
+from burnish.errors import UserError
+from burnish.evaluation import check_judgeable
+from burnish.policies import Policy, load_policy
+from burnish.replay import Replay
+from burnish.rewards import load_callable
+from burnish.trainers.run import Run
+from burnish.trainers.settings import OnlineConfig
+from burnish.trainers.update import Update
+
+
+@dataclass(eq=False)
+class Session:
+    """What a run works with. `behaviour`: the weights that sample; `round`: how many rounds are done."""
+
+    config: OnlineConfig
+    accelerator: Accelerator
+    policy: Policy
+    sampler: Any
+    reward: Callable[..., Any]
+    replay: Replay
+    objective: Callable[..., Any]
+    update: Update
+    behaviour: dict[str, Tensor]
+    stream: PromptStream
+    held_out: list[dict[str, Any]]
+    detector: Callable[..., Any] | None
+    run: Run
+    round: int = 0
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        """`values` [share, ...] of every process, one after the other, on every process."""
+        gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
+        return gathered
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "update": self.update.state_dict(),
+            "behaviour": self.behaviour,
+            "rng": checkpoint.rng_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.round = state["round"]
+        self.update.load_state_dict(state["update"])
+        self.behaviour = {name: tensor.to(self.accelerator.device) for name, tensor in state["behaviour"].items()}
+        checkpoint.restore_rng_state(state["rng"])
+
+
+def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
+    """Load everything a run needs, check that it fits together, and make or reopen the run's directory."""
+    row = ALGORITHMS[config.algorithm]
+    accelerator = make_accelerator(config)
+    check_sizes(config, accelerator.num_processes)
+    prompts, held_out = load_prompts(config.prompts), []
+    reward, detector = load_callable(config.reward), None
+    if config.evaluation.prompts:
+        if not config.evaluation.detector:
+            raise UserError("evaluation.prompts is set, but evaluation.detector is not: name one, as module:function")
+        held_out = load_prompts(config.evaluation.prompts)
+        check_judgeable(held_out)
+        detector = load_callable(config.evaluation.detector, "detector")
+    torch.manual_seed(config.seed)  # the adapter's first weights
+    policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
+    if policy.process.name not in row.processes:
+        raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
+    replay, sampler = row.replay(**config.replay), _sampler(policy, config)
+    if replay.keep == "trajectory" and (sampler == policy.process.deterministic or not config.rollout.noise_level):
+        raise UserError(
+            f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
+            f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
+        )
+    session = Session(
+        config=config,
+        accelerator=accelerator,
+        policy=policy,
+        sampler=sampler,
+        reward=reward,
+        replay=replay,
+        objective=partial(row.objective, **config.objective),
+        update=Update(accelerator, policy.trainable(), config.update),
+        behaviour={name: parameter.detach().clone() for name, parameter in policy.trainable().items()},
+        stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round),
+        held_out=held_out,
+        detector=detector,
+        run=Run(config.output_dir, writes=accelerator.is_main_process),
+    )
+    if resuming:
+        if state := session.run.restore():
+            session.load_state(state)
+    elif session.run.writes:
+        session.run.create(dump_config(config), config.seed)
+    accelerator.init_trackers("burnish")
+    return session
+
+
+def make_accelerator(config: OnlineConfig) -> Accelerator:
+    """accelerate's view of the machine, with the trackers that `report_to` names; UserError if one is missing."""
+    known = {str(tracker) for tracker in LOGGER_TYPE_TO_CLASS}
+    for name in config.report_to:
+        if name not in known:
+            raise UserError(f"report_to={name} is not a tracker of accelerate's: it knows {', '.join(sorted(known))}")
+        if name not in [str(tracker) for tracker in get_available_trackers()]:
+            raise UserError(f"report_to={name} needs a package that is not installed: pip install {name}")
+    if config.mixed_precision == "fp16" and getattr(PartialState().device, "type", None) == "cpu":
+        raise UserError("mixed_precision=fp16 needs a GPU, and there is none: choose bf16 or no")
+    project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir) / "trackers"))
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to or None,  # pyright: ignore[reportArgumentType]
+        project_config=project,
+    )
+
+
+def _sampler(policy: Policy, config: OnlineConfig) -> Any:
+    try:
+        return policy.process.sampler(config.rollout.sampler, config.rollout.noise_level)
+    except ValueError as error:
+        raise UserError(f"rollout: {error}") from error
+
+
+def check_sizes(config: OnlineConfig, processes: int) -> None:
+    samples, cells = config.prompts_per_round * config.num_generations, config.updates_per_round * processes
+    if samples % (cells * config.batch_size):
+        raise UserError(
+            f"prompts_per_round x num_generations = {samples} pictures do not divide into updates_per_round x "
+            f"processes x batch_size = {config.updates_per_round} x {processes} x {config.batch_size}: change one"
+        )

@@ -1,0 +1,66 @@
+"""What an online run depends on, and how a recipe becomes that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+
+from burnish.advantages import group_relative
+from burnish.algorithms import ALGORITHMS
+from burnish.config import choose, load_config, read_recipe
+from burnish.policies import LoraConfig
+from burnish.rollout import RolloutConfig
+from burnish.trainers.update import UpdateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation while training: GenEval prompts, judged by a detector. Without prompts there is none."""
+
+    prompts: str | None = None
+    detector: str | None = None  # module:function, images -> detections
+    every: Annotated[int, Gt(0)] = 20  # rounds; the untouched base (round 0) and the end always
+    images_per_prompt: Annotated[int, Gt(0)] = 4  # GenEval's
+    steps: Annotated[int, Gt(0)] = 40  # Flow-GRPO's evaluation
+    guidance: Annotated[float, Ge(0)] = 1.0
+    batch_size: Annotated[int, Gt(0)] = 64
+    seed: int = 43  # GenEval's
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Everything a run depends on. Sizes: Flow-GRPO's 48 groups of 24 pictures, two updates a round."""
+
+    algorithm: str
+    model: str  # hub id, folder, or package:module/folder
+    prompts: str  # .txt or .jsonl
+    reward: str  # module:function or file.py:function
+    rounds: Annotated[int, Gt(0)]
+    output_dir: str
+    seed: int = 0
+    prompts_per_round: Annotated[int, Gt(0)] = 48
+    num_generations: Annotated[int, Gt(1)] = 24  # pictures of each prompt; its group
+    updates_per_round: Annotated[int, Gt(0)] = 2
+    batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    weight_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantages: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    replay: dict[str, Any] = field(default_factory=dict)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sample_every: Annotated[int, Gt(0)] = 20  # rounds between two sample grids
+    checkpoint_every: Annotated[int, Gt(0)] = 20  # rounds
+    checkpoint_keep: Annotated[int, Gt(0)] = 3
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> OnlineConfig:
+    """A recipe and `key=value` overrides as a validated config; UserError names what is wrong."""
+    row = choose(ALGORITHMS, read_recipe(recipe, overrides).get("algorithm"), "algorithm")
+    sections = {"advantages": group_relative, "objective": row.objective, "replay": row.replay}
+    return load_config(OnlineConfig, recipe, overrides, sections=sections)
