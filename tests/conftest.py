@@ -5,6 +5,8 @@ import os
 # Read once, when huggingface_hub, transformers and matplotlib are first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Tiny tensors gain nothing from a second thread, and the processes that tests start would fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from pathlib import Path
