@@ -33,7 +33,8 @@ class FoldedJointAttention(JointAttnProcessor2_0):
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if key_bias is None or encoder_hidden_states is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+            stock: Any = super().__call__
+            return stock(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         image_tokens = hidden_states.shape[1]
 
         def heads(tokens: Tensor) -> Tensor:
