@@ -18,6 +18,7 @@ from burnish import cli
 from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
+from burnish.rewards import load_callable
 from burnish.trainers import online, session
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +148,7 @@ def test_examples_hold_a_config_that_a_recipe_could(name, monkeypatch, tmp_path)
     loaded = online.load(recipe)
     assert (loaded.model, loaded.rollout, loaded.update) == (config.model, config.rollout, config.update)
     session.check_sizes(loaded, processes=1)
-    assert callable(online.load_callable(loaded.reward))
+    assert callable(load_callable(loaded.reward))
 
 
 # tables

@@ -29,7 +29,7 @@ from burnish.pipeline import (
 )
 from burnish.report import describe
 from burnish.rollout import sample
-from burnish.trainers import online
+from burnish.trainers import look, online
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -111,7 +111,7 @@ def test_a_run_opens_as_the_policy_that_was_trained(session, run, tiny_flow):
 
 def test_evaluation_of_a_run_is_the_trainers_own(session, run, tmp_path, capsys):
     with session.policy.weights(session.update.evaluated()):
-        own = online.evaluation(session)
+        own = look.evaluation(session)
     measured = evaluate_target(run, output=tmp_path / "out")
     assert (measured.prompts, measured.seeds) == (own.prompts, own.seeds)
     assert (measured.images - own.images).abs().max() <= 1e-4
@@ -258,7 +258,7 @@ def test_the_same_weights_differ_by_nothing(run, tmp_path):
 def test_compare_writes_a_picture_and_a_page_that_stands_alone(run, session, tmp_path, capsys):
     comparison = compare("base", run, output=tmp_path)
     with session.policy.reference():
-        assert (comparison.base.images - online.evaluation(session).images).abs().max() <= 1e-4
+        assert (comparison.base.images - look.evaluation(session).images).abs().max() <= 1e-4
     assert not torch.equal(comparison.base.images, comparison.after.images)
     assert "difference" in capsys.readouterr().out
     page = (tmp_path / "compare.html").read_text("utf-8")

@@ -93,7 +93,7 @@ def test_yields_a_loss_for_each_step_from_the_noise_on(flow):
     rollout = rollout_of(flow, 5, "trajectory")
     seen = []
 
-    def objective(log_prob, old_log_prob, advantages, kl):
+    def objective(log_prob, old_log_prob, advantages, kl, *, kl_weight=0.0):
         seen.append(old_log_prob)
         assert kl is None  # nobody has asked for it
         assert advantages is ADVANTAGES

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish.evaluation import evaluate
+from burnish.evaluation import Evaluation, evaluate
 from burnish.pictures import one_of_each_kind, save_grid
 from burnish.rollout import sample
 from burnish.trainers.session import Session
@@ -19,18 +19,24 @@ def look(session: Session) -> dict[str, float]:
             prompts = one_of_each_kind(session.held_out or session.stream.prompts)
             save_samples(session, prompts, session.run.directory / f"samples/step-{step:06d}.png")
         if session.detector and (last or step % config.evaluation.every == 0):
-            settings = config.evaluation
-            return evaluate(
-                session.policy,
-                session.held_out,
-                session.detector,
-                images_per_prompt=settings.images_per_prompt,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                seed=settings.seed,
-                batch_size=settings.batch_size,
-            ).row()
+            return evaluation(session).row()
     return {}
+
+
+def evaluation(session: Session) -> Evaluation:
+    """Held-out pictures of the policy as it is, judged; needs a session with a detector."""
+    settings = session.config.evaluation
+    assert session.detector is not None
+    return evaluate(
+        session.policy,
+        session.held_out,
+        session.detector,
+        images_per_prompt=settings.images_per_prompt,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
 
 
 def save_samples(session: Session, prompts: Sequence[Mapping[str, Any]], path: Path, each: int = 6) -> None:
