@@ -65,6 +65,8 @@ def demo(
             online.train(config)
         elif (output / "adapter" / ADAPTER_FILE).is_file():
             console.print("done already")
+            row = ALGORITHMS[config.algorithm]
+            describe(output, title=row.title, paper=row.paper)  # in case it was stopped between adapter and report
         else:
             console.print(f"taking up {output} where it was stopped")
             online.resume(output)
@@ -73,8 +75,6 @@ def demo(
         print_accuracy(after)
     with _act(console, 5, "Side by side"):
         comparison = Comparison(before, after)
-        row = ALGORITHMS[config.algorithm]
-        describe(output, title=row.title, paper=row.paper)
         write_comparison(comparison, output, f"{config.model} and {output}", config.evaluation.images_per_prompt)
         print_table(COLUMNS, comparison.rows())
     guidance = max(best, key=best.__getitem__)

@@ -12,13 +12,14 @@ from rich.table import Table
 from burnish.checkpoint import atomic_write
 from burnish.data import load_prompts
 from burnish.errors import UserError
-from burnish.evaluation import Evaluation, evaluate
+from burnish.evaluation import Evaluation
 from burnish.pictures import save_grid
 from burnish.pipeline.target import open_target, run_config
 from burnish.policies import Policy
 from burnish.rewards import load_callable
 from burnish.rollout import sample
-from burnish.trainers.online import EvaluationConfig
+from burnish.trainers.look import evaluate_with
+from burnish.trainers.settings import EvaluationConfig
 
 
 def sample_images(
@@ -99,19 +100,11 @@ def evaluation_settings(target: str | Path, **given: Any) -> EvaluationConfig:
 
 
 def measure(policy: Policy, settings: EvaluationConfig) -> Evaluation:
-    """`burnish.evaluation.evaluate` with a run's settings."""
+    """The policy on the prompts, and by the detector, that the settings name."""
     assert settings.prompts is not None
     assert settings.detector is not None
-    return evaluate(
-        policy,
-        load_prompts(settings.prompts),
-        load_callable(settings.detector, "detector"),
-        images_per_prompt=settings.images_per_prompt,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-    )
+    detector = load_callable(settings.detector, "detector")
+    return evaluate_with(settings, policy, load_prompts(settings.prompts), detector)
 
 
 def print_accuracy(evaluation: Evaluation) -> None:

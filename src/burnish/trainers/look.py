@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish.evaluation import Evaluation, evaluate
+from burnish.evaluation import Detector, Evaluation, evaluate
 from burnish.pictures import one_of_each_kind, save_grid
+from burnish.policies import Policy
 from burnish.rollout import sample
 from burnish.trainers.session import Session
+from burnish.trainers.settings import EvaluationConfig
 
 
 def look(session: Session) -> dict[str, float]:
@@ -25,12 +27,18 @@ def look(session: Session) -> dict[str, float]:
 
 def evaluation(session: Session) -> Evaluation:
     """Held-out pictures of the policy as it is, judged; needs a session with a detector."""
-    settings = session.config.evaluation
     assert session.detector is not None
+    return evaluate_with(session.config.evaluation, session.policy, session.held_out, session.detector)
+
+
+def evaluate_with(
+    settings: EvaluationConfig, policy: Policy, prompts: Sequence[Mapping[str, Any]], detector: Detector
+) -> Evaluation:
+    """`burnish.evaluation.evaluate` with a run's settings."""
     return evaluate(
-        session.policy,
-        session.held_out,
-        session.detector,
+        policy,
+        prompts,
+        detector,
         images_per_prompt=settings.images_per_prompt,
         steps=settings.steps,
         guidance=settings.guidance,

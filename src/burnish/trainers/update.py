@@ -62,9 +62,7 @@ class Update:
         rate = self.config.learning_rate * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if (
-            norm.isfinite() or self.accelerator.scaler is not None
-        ):  # fp16's scaler skips by itself, and has to learn of it
+        if norm.isfinite() or self.accelerator.scaler is not None:  # fp16's scaler has to learn of it, and skips itself
             self.optimizer.step()
         if norm.isfinite():
             self.steps += 1
