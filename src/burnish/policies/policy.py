@@ -77,8 +77,8 @@ class Policy(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights, in which the network is fed."""
-        return next(p for p in self.module.parameters() if not p.requires_grad).dtype
+        """The dtype of the frozen weights (of all, when none is frozen), in which the network is fed."""
+        return min(self.module.parameters(), key=lambda parameter: parameter.requires_grad).dtype
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
