@@ -66,7 +66,9 @@ def train(
     """One-cycle AdamW over `modules`, resumable; writes WORK/<name>.pt (state) and WORK/<name>.jsonl (log)."""
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
     average = {key: {n: t.clone() for n, t in module.state_dict().items()} for key, module in modules.items()}
     state_file, first = work / f"{name}.pt", 0
     if state_file.exists():
@@ -90,8 +92,8 @@ def train(
         if ema_decay is not None:
             decay = min(ema_decay, (1 + step) / (10 + step))
             for key, module in modules.items():
-                for n, tensor in module.state_dict().items():
-                    average[key][n].lerp_(tensor, 1 - decay) if tensor.is_floating_point() else None
+                moving = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+                torch._foreach_lerp_([average[key][n] for n in moving], list(moving.values()), 1 - decay)
         else:
             average = {key: module.state_dict() for key, module in modules.items()}
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -221,20 +223,23 @@ def train_flow(work: Path, steps: int, batch: int = 64) -> None:
     bias = key_bias(tokens, MAX_TOKENS + 1, 256)
     data = Data(pipeline.vae, pipeline.tokenizer, 60_000)
     parts = ("transformer", "text_encoder", "text_encoder_2")
+    compiled = torch.compile(transformer)  # a fifth quicker; needs a C++ compiler
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
         x0, noise, ids, generator = data.batch(step, batch)
-        s = torch.randn(batch, generator=generator).sigmoid()  # logit-normal, as SD3
+        # Logit-normal as in SD3, but wider and noisier: what a picture holds is decided at s > 0.85, and of SD3's own
+        # times only 4% are there.
+        s = (1.2 * torch.randn(batch, generator=generator) + 0.5).sigmoid()
         x = torch.lerp(x0, noise, s[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             embeds, pooled = encode_ids(pipeline, ids)
             options = {"key_bias": bias}
-            prediction = transformer(x, embeds, pooled, s * 1000, joint_attention_kwargs=options).sample
+            prediction = compiled(x, embeds, pooled, s * 1000, joint_attention_kwargs=options).sample
         return (prediction.float() - (noise - x0)).square().mean(), {}
 
     modules = {part: getattr(pipeline, part) for part in parts}
     evaluate_now = accuracies(lambda: StableDiffusion3Policy(pipeline))
-    train("flow", work, steps, modules, loss_of, learning_rate=1e-3, ema_decay=0.998, evaluate=evaluate_now, every=1000)
+    train("flow", work, steps, modules, loss_of, learning_rate=3e-3, ema_decay=0.998, evaluate=evaluate_now, every=1000)
 
 
 def train_ddpm(work: Path, steps: int, batch: int = 64) -> None:
