@@ -45,6 +45,36 @@ def test_starts_as_the_reference_bitwise(make, family, targets):
     assert (predict(policy, guidance=3.0) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@torch.no_grad()
+def test_merged_is_the_same_function_and_leaves_no_trace(make, family, targets):
+    policy = load_policy(make(family), LoraConfig(rank=4, targets=targets))
+    perturb(policy, 0.02)  # more, and a random network magnifies the rounding
+    apart, tensors = predict(policy), {name: (p.data_ptr(), p.clone()) for name, p in policy.module.named_parameters()}
+    with policy.merged():
+        assert (predict(policy) - apart).abs().max() <= 1e-5 * apart.abs().max()
+        assert not torch.equal(predict(policy), apart)  # it is another order of sums
+    assert torch.equal(predict(policy), apart)
+    for name, parameter in policy.module.named_parameters():
+        place, value = tensors[name]
+        assert parameter.data_ptr() == place
+        assert torch.equal(parameter, value)
+    with policy.reference():
+        reference = predict(policy)
+        with policy.merged():  # nothing is on, so nothing is merged
+            assert torch.equal(predict(policy), reference)
+
+
+@torch.no_grad()
+def test_merging_is_for_fp32(make):
+    policy = load_policy(make("sd3").to(torch.bfloat16), LoraConfig(rank=4))
+    perturb(policy)
+    weights = [module.weight.data_ptr() for module in policy.module.modules() if isinstance(module, nn.Linear)]
+    with policy.merged():
+        merged = [module.weight.data_ptr() for module in policy.module.modules() if isinstance(module, nn.Linear)]
+    assert merged == weights
+
+
 @BOTH
 def test_only_the_adapter_is_trainable_and_gets_a_gradient(make, family):
     policy = load_policy(make(family), LoraConfig(rank=4))

@@ -17,6 +17,7 @@ import torch
 from annotated_types import Gt
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from burnish.policies.conditioning import Conditioning, PromptCache
@@ -156,6 +157,32 @@ class Policy(ABC):
         finally:
             for name, parameter in self.trainable().items():
                 parameter.data = own[name]
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the adapter is added into the weights that it adapts, and no gradient is kept.
+
+        The same function up to fp32 rounding, at the cost of the network alone. Only fp32 weights take an adapter in
+        without loss, so others are left alone. Afterwards the weights are the same tensors as before, untouched.
+        There is no `reference()` inside: the adapter cannot be switched off there.
+        """
+        layers = [m for m in self.module.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
+        weights: dict[LoraLayer, Any] = {layer: layer.get_base_layer().weight for layer in layers}
+        if not layers or any(weight.dtype != torch.float32 for weight in weights.values()):
+            with torch.no_grad():
+                yield
+            return
+        own = {layer: weight.data for layer, weight in weights.items()}
+        try:
+            with torch.no_grad():
+                for layer, weight in weights.items():
+                    weight.data = own[layer] + layer.get_delta_weight("default")  # pyright: ignore
+                self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
+                yield
+        finally:
+            for layer, weight in weights.items():
+                weight.data = own[layer]
+            self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
 
     def add_lora(self, config: LoraConfig) -> None:
         """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable."""
