@@ -26,7 +26,7 @@ def both(attention: Attention, repeats: int, autocast: bool) -> tuple[torch.Tens
         folded, told = attention(
             image, torch.cat([text, torch.zeros(3, 1, 16)], dim=1), key_bias=key_bias(5, 5, repeats)
         )
-    assert told.shape == text.shape[:1] + (5, 16)
+    assert told.shape == (len(text), 5, 16)
     return stock, folded
 
 

@@ -65,15 +65,14 @@ class FoldedJointAttention(JointAttnProcessor2_0):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    mask = bias[None, None, None]
     if query.device.type == "cpu":
         # The backward of bf16 attention on CPU takes four times as long as that of fp32 (16.9 against 3.8 ms for 64
         # sequences of 31 tokens, 4 heads of 32), so here fp32 is both exact and quicker. Autocast would undo it.
         with torch.autocast("cpu", enabled=False):
-            full = F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), bias[None, None, None].float()
-            )
-        return full.to(value.dtype)
-    return F.scaled_dot_product_attention(query, key, value.to(query.dtype), bias[None, None, None].to(query.dtype))
+            exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask.float())
+        return exact.to(value.dtype)
+    return F.scaled_dot_product_attention(query, key, value.to(query.dtype), mask.to(query.dtype))
 
 
 def key_bias(image_tokens: int, text_tokens: int, repeats: int, **options: Any) -> Float[Tensor, " keys"]:
