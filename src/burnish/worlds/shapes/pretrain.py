@@ -14,9 +14,10 @@ post-training can mend.
 import argparse
 import json
 import math
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,29 @@ def train(
     loss_of: Callable[[int], tuple[Tensor, dict]],
     *,
     learning_rate: float,
+    muon_rate: float | None = None,
     ema_decay: float | None = None,
     weight_decay: float = 0.01,
     evaluate: Callable[[], dict] = dict,
     every: int = 500,
 ) -> None:
-    """One-cycle AdamW over `modules`, resumable; writes WORK/<name>.pt (state) and WORK/<name>.jsonl (log)."""
+    """One-cycle training of `modules`, resumable; writes WORK/<name>.pt (state) and WORK/<name>.jsonl (log).
+
+    AdamW; with `muon_rate` the matrices of attention and MLPs are left to Muon, which needs two thirds of the steps.
+    """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-    )
+    matrices = hidden_matrices(modules.values()) if muon_rate else []
+    others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    ]
+    rates = [learning_rate]
+    if muon_rate:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+        rates.append(muon_rate)
     average = {key: {n: t.clone() for n, t in module.state_dict().items()} for key, module in modules.items()}
     state_file, first = work / f"{name}.pt", 0
     if state_file.exists():
@@ -76,18 +89,21 @@ def train(
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         average, first = state["average"], state["step"]
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
     seconds, running = time.time(), []
     for step in range(first, steps):
         warm = min(1.0, (step + 1) / (0.05 * steps))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+            optimizer.zero_grad(set_to_none=True)
         loss, metrics = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         running.append(loss.item())
         if ema_decay is not None:
             decay = min(ema_decay, (1 + step) / (10 + step))
@@ -109,7 +125,7 @@ def train(
                 {
                     "modules": live,
                     "average": average,
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": step + 1,
                     "rng": torch.get_rng_state(),
                 },
@@ -119,6 +135,16 @@ def train(
             with (work / f"{name}.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
+
+
+def hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The weights of linear layers inside transformer blocks, without those that modulate: what Muon is made for."""
+    return [
+        parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and re.search(r"(transformer_blocks|layers)\.\d+\.", name) and "norm" not in name
+    ]
 
 
 def train_vae(work: Path, steps: int) -> None:
@@ -239,7 +265,18 @@ def train_flow(work: Path, steps: int, batch: int = 64) -> None:
 
     modules = {part: getattr(pipeline, part) for part in parts}
     evaluate_now = accuracies(lambda: StableDiffusion3Policy(pipeline))
-    train("flow", work, steps, modules, loss_of, learning_rate=3e-3, ema_decay=0.998, evaluate=evaluate_now, every=1000)
+    train(
+        "flow",
+        work,
+        steps,
+        modules,
+        loss_of,
+        learning_rate=3e-3,
+        muon_rate=1e-2,
+        ema_decay=0.998,
+        evaluate=evaluate_now,
+        every=1000,
+    )
 
 
 def train_ddpm(work: Path, steps: int, batch: int = 64) -> None:
