@@ -238,12 +238,16 @@ def test_zero_terminal_snr():
     grid, x = process.grid(20), start()
     assert process.alphas_cumprod[999] == 0
     scheduler.set_timesteps(20)
-    for eta in (0.0, 0.5, 1.0):
-        for index in (0, torch.zeros(2, dtype=torch.long)):
+    for index in (0, torch.zeros(2, dtype=torch.long)):
+        for eta in (0.0, 0.5):
             step = process.transition(grid, index, x, network(x, 999), eta)
             stock = scheduler.step(network(x, 999), 999, x, eta=eta, variance_noise=torch.zeros_like(x)).prev_sample
-            # at eta = 1 the stock scheduler's 1 - ab' - var is rounding noise under a root
-            torch.testing.assert_close(step.mean, stock, rtol=1e-5, atol=1e-5 if eta < 1 else 2e-3)
+            torch.testing.assert_close(step.mean, stock, rtol=1e-5, atol=1e-5)
+        # At eta = 1 no noise of x is left, 1 - ab' - var = 0, which the stock scheduler takes the root of after
+        # rounding: NaN on some CPUs.
+        alone = process.transition(grid, index, x, network(x, 999), 1.0).mean
+        x0 = -network(x, 999)
+        torch.testing.assert_close(alone, scheduler.alphas_cumprod[949].sqrt() * x0, rtol=1e-5, atol=1e-5)
     epsilon = VariancePreserving.from_scheduler(DDIMScheduler(**config))
     for index in (0, torch.tensor([3, 0])):
         with pytest.raises(ValueError, match="use v_prediction"):

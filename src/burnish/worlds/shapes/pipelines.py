@@ -97,8 +97,8 @@ def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     return encoder, tokenizer
 
 
-def build_flow(vae: AutoencoderTiny, patch: int = 2, layers: int = 6, heads: int = 4) -> StableDiffusion3Pipeline:
-    """An MMDiT of 6 x 128 on 8 x 8 latents in patches of 2 x 2, with two CLIP text encoders and no T5."""
+def build_flow(vae: AutoencoderTiny, patch: int = 1, layers: int = 5, heads: int = 4) -> StableDiffusion3Pipeline:
+    """An MMDiT of 5 x 128 on 8 x 8 latents, a token each, with two CLIP text encoders and no T5."""
     tokenizer = build_tokenizer()
     t5, t5_tokenizer = silent_t5()
     transformer = SD3Transformer2DModel(

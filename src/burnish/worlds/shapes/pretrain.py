@@ -272,7 +272,7 @@ def train_flow(work: Path, steps: int, batch: int = 64) -> None:
         modules,
         loss_of,
         learning_rate=3e-3,
-        muon_rate=1e-2,
+        muon_rate=5e-3,
         ema_decay=0.998,
         evaluate=evaluate_now,
         every=1000,
@@ -347,7 +347,7 @@ def main() -> None:
     if options.stage == "vae":
         train_vae(options.work, options.steps or 5000)
     elif options.stage == "flow":
-        train_flow(options.work, options.steps or 9000)
+        train_flow(options.work, options.steps or 16000)
     elif options.stage == "ddpm":
         train_ddpm(options.work, options.steps or 9000)
     elif options.stage == "export":
