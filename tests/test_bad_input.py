@@ -218,7 +218,7 @@ def test_a_bad_recipe(burnish, shelf, case):
         (["model={shelf}/ddpm", "algorithm=flow_grpo"], "Flow-GRPO needs a rectified_flow"),
         (["algorithm=flow_grpo", "rollout.sampler=ode"], "rollout.sampler=ode"),
         (["algorithm=flow_grpo", "rollout.noise_level=0"], "noise"),
-        (["algorithm=flow_grpo", "rollout.merge_adapter=true"], "merge_adapter"),
+        (["lora.merged=true", "weight_dtype=bfloat16"], "lora.merged"),
     ],
 )
 def test_an_algorithm_that_does_not_fit(burnish, shelf, other_family, settings, expected):

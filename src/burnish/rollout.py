@@ -5,7 +5,6 @@ the noise of its later steps follows from the same generator, so a picture is th
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -28,7 +27,6 @@ class RolloutConfig:
     noise_level: Annotated[float, Ge(0)] = 0.7  # a of "sde" and "cps", eta of "dance" and of DDIM
     height: Annotated[int, Gt(0)] | None = None  # pixels; the pipeline's own size unless given
     width: Annotated[int, Gt(0)] | None = None
-    merge_adapter: bool = False  # sample with the adapter added into fp32 weights: quicker, a copy of what it adapts
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +81,12 @@ def sample(
     batch_size: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    merge_adapter: bool = False,
 ) -> Rollout:
     """Sample one latent for each prompt and seed, in slices of `batch_size`.
 
     `sampler`: a sampler of the flow's or an eta of DDIM's; None is the deterministic one, which equals the stock
     pipeline. keep="trajectory" needs a sampler with noise: without it there is no density to score.
-    `merge_adapter`: see `Policy.merged`; not for a trajectory, whose log-probs training has to meet bit for bit.
     """
-    if merge_adapter and keep == "trajectory":
-        raise ValueError("a stored trajectory needs the adapter apart, as training has it: merge_adapter=False")
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(
             f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each of at least one prompt"
@@ -106,23 +100,22 @@ def sample(
     shape = policy.latent_shape(height, width)
     conditioning = policy.encode(prompts, negative)
     finals, trajectories, log_probs = [], [], []
-    with policy.merged() if merge_adapter else nullcontext():
-        for start in range(0, len(prompts), batch_size or len(prompts)):
-            here = slice(start, start + (batch_size or len(prompts)))
-            first, later = _noise(seeds[here], shape, grid.steps if noisy else 0)
-            x, later, told = first.to(policy.device), later.to(policy.device), conditioning[here]
-            path, scores = [x], []
-            for index in range(grid.steps):
-                prediction = policy.predict(x, grid.times[index], told, guidance)
-                step = process.transition(grid, index, x, prediction, sampler)
-                x = step.sample(noise=later[:, index] if noisy else None)
-                if keep == "trajectory":
-                    path.append(x)
-                    scores.append(step.log_prob(x))
-            finals.append(x)
+    for start in range(0, len(prompts), batch_size or len(prompts)):
+        here = slice(start, start + (batch_size or len(prompts)))
+        first, later = _noise(seeds[here], shape, grid.steps if noisy else 0)
+        x, later, told = first.to(policy.device), later.to(policy.device), conditioning[here]
+        path, scores = [x], []
+        for index in range(grid.steps):
+            prediction = policy.predict(x, grid.times[index], told, guidance)
+            step = process.transition(grid, index, x, prediction, sampler)
+            x = step.sample(noise=later[:, index] if noisy else None)
             if keep == "trajectory":
-                trajectories.append(torch.stack(path, dim=1))
-                log_probs.append(torch.stack(scores, dim=1))
+                path.append(x)
+                scores.append(step.log_prob(x))
+        finals.append(x)
+        if keep == "trajectory":
+            trajectories.append(torch.stack(path, dim=1))
+            log_probs.append(torch.stack(scores, dim=1))
     return Rollout(
         tuple(prompts),
         tuple(seeds),

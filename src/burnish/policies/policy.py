@@ -19,7 +19,9 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from burnish.errors import UserError
 from burnish.policies.conditioning import Conditioning, PromptCache
 from burnish.processes import Grid, RectifiedFlow, VariancePreserving
 
@@ -31,6 +33,9 @@ class LoraConfig:
     rank: Annotated[int, Gt(0)] = 32
     alpha: Annotated[float, Gt(0)] = 64  # the adapter's output is scaled by alpha / rank
     targets: Literal["attention", "all-linear"] = "attention"  # q, k, v, out (of both streams), or every linear layer
+    # Added into the weights at each call instead of run beside them: one product a layer instead of three, which is
+    # quicker where the network is small; a large one pays a copy of its weights. Needs fp32 weights.
+    merged: bool = False
 
 
 class Policy(ABC):
@@ -48,6 +53,8 @@ class Policy(ABC):
         self.decode_batch_size = 32
         self.lora: LoraConfig | None = None
         self._prompts = PromptCache(self._encode_prompts)
+        self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
+        self._merging = False
 
     # What a family has to say of itself ------------------------------------------------------------------------------
 
@@ -135,12 +142,31 @@ class Policy(ABC):
         """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept."""
         if self.lora is None:
             raise ValueError("this policy has no adapter to switch off: load it with lora=LoraConfig(...)")
-        self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
+        self._switch_adapter(on=False)
         try:
             with torch.no_grad():
                 yield
         finally:
+            self._switch_adapter(on=True)
+
+    def _switch_adapter(self, on: bool) -> None:
+        if self._merged:
+            self._merging = on
+        elif on:
             self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
+        else:
+            self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
+
+    def _network(self, *inputs: Any, **named: Any) -> Any:
+        """The network with its adapter, beside the weights (peft's way) or added into them (`LoraConfig.merged`)."""
+        if not self._merging:
+            return self.module(*inputs, **named)
+        with torch.autocast(self.device.type, enabled=False):  # the sum is of fp32
+            weights = {
+                name: layer.get_base_layer().weight + layer.get_delta_weight("default")
+                for name, layer in self._merged.items()
+            }
+        return functional_call(self.module, weights, inputs, named, tie_weights=False)
 
     @contextmanager
     def weights(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -158,34 +184,16 @@ class Policy(ABC):
             for name, parameter in self.trainable().items():
                 parameter.data = own[name]
 
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Inside, the adapter is added into the weights that it adapts, and no gradient is kept.
-
-        The same function up to fp32 rounding, at the cost of the network alone. Only fp32 weights take an adapter in
-        without loss, so others are left alone. Afterwards the weights are the same tensors as before, untouched.
-        There is no `reference()` inside: the adapter cannot be switched off there.
-        """
-        layers = [m for m in self.module.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
-        weights: dict[LoraLayer, Any] = {layer: layer.get_base_layer().weight for layer in layers}
-        if not layers or any(weight.dtype != torch.float32 for weight in weights.values()):
-            with torch.no_grad():
-                yield
-            return
-        own = {layer: weight.data for layer, weight in weights.items()}
-        try:
-            with torch.no_grad():
-                for layer, weight in weights.items():
-                    weight.data = own[layer] + layer.get_delta_weight("default")  # pyright: ignore
-                self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
-                yield
-        finally:
-            for layer, weight in weights.items():
-                weight.data = own[layer]
-            self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
-
     def add_lora(self, config: LoraConfig) -> None:
-        """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable."""
+        """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable.
+
+        Raises UserError when it shall be merged into weights that are not fp32: they would round it away.
+        """
+        if config.merged and self.dtype != torch.float32:
+            raise UserError(
+                f"lora.merged adds the adapter into the weights, and {self.dtype} rounds it away: set "
+                "weight_dtype=float32 (mixed_precision=bf16 may stay), or lora.merged=false"
+            )
         linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
         targets = linear if config.targets == "all-linear" else list(self.attention_targets)
         self.module.add_adapter(  # pyright: ignore[reportCallIssue]
@@ -199,6 +207,14 @@ class Policy(ABC):
         for parameter in self.trainable().values():
             parameter.data = parameter.data.float()
         self.lora = config
+        if config.merged:
+            adapter = self.trainable()
+            self.module.disable_adapters()  # pyright: ignore[reportCallIssue]: peft adds nothing; `_network` does
+            for parameter in adapter.values():
+                parameter.requires_grad_(True)
+            layers = [(name, module) for name, module in self.module.named_modules() if isinstance(module, LoraLayer)]
+            self._merged = {f"{name}.base_layer.weight": layer for name, layer in layers}
+            self._merging = True
 
     def save(self, directory: str | Path) -> Path:
         """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads.

@@ -28,7 +28,7 @@ class StableDiffusionPolicy(Policy):
         return {"prompt_embeds": embeds}
 
     def _forward(self, x: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return self.module(x, time, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
+        return self._network(x, time, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         default, factor = self.pipeline.unet.config.sample_size, self.pipeline.vae_scale_factor

@@ -54,7 +54,7 @@ class StableDiffusion3Policy(Policy):
         if self._folded:
             image_tokens = x.shape[-2] * x.shape[-1] // self.pipeline.patch_size**2
             options["key_bias"] = key_bias(image_tokens, embeds.shape[1], TEXT_TOKENS, device=x.device, dtype=x.dtype)
-        return self.module(
+        return self._network(
             hidden_states=x,
             timestep=time * self.pipeline.scheduler.config.num_train_timesteps,
             encoder_hidden_states=embeds,

@@ -112,7 +112,6 @@ def one_round(session: Session) -> dict[str, float]:
             batch_size=config.batch_size,
             height=config.rollout.height,
             width=config.rollout.width,
-            merge_adapter=config.rollout.merge_adapter,
         )
         images = policy.decode(rollout.latents)
     clock.append(time.perf_counter())

@@ -88,11 +88,6 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
             f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
             f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
         )
-    if replay.keep == "trajectory" and config.rollout.merge_adapter:
-        raise UserError(
-            f"{row.title} scores the steps of the rollout again with the adapter apart from the weights, so they have "
-            "to be taken that way: set rollout.merge_adapter=false"
-        )
     session = Session(
         config=config,
         accelerator=accelerator,
