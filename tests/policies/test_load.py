@@ -59,10 +59,11 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     [
         "{",
         "{}",
+        "[]",
         json.dumps({"_class_name": "NoSuchPipeline"}),
         json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}),
     ],
-    ids=["no json", "no class", "unknown class", "missing parts"],
+    ids=["no json", "no class", "a list", "unknown class", "missing parts"],
 )
 def test_a_broken_pipeline_folder(tmp_path, index):
     (tmp_path / "model_index.json").write_text(index)

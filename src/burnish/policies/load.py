@@ -66,7 +66,7 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> DiffusionP
         folder = path if looks_local else DiffusionPipeline.download(source)  # a download shows its progress
         with quietly():
             return DiffusionPipeline.from_pretrained(str(folder), **{keyword: dtype})
-    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: of model_index.json
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of model_index.json
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: cannot be loaded as a diffusers pipeline ({reason})") from error
 
