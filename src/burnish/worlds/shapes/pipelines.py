@@ -85,6 +85,20 @@ def text_config(tokenizer: Any, width: int) -> CLIPTextConfig:
     )
 
 
+def build_text_encoder(tokenizer: Any, width: int) -> CLIPTextModelWithProjection:
+    """A CLIP text model that tells words apart from the start.
+
+    Its own start, embeddings of 0.02, is drowned by what the layers add, which is much the same for all words: in
+    training, colours were told apart last and least. Words of size 1 in places of size 0.5 stay in sight.
+    """
+    encoder = CLIPTextModelWithProjection(text_config(tokenizer, width))
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+    for name, parameter in encoder.named_parameters():
+        if "position_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return encoder
+
+
 def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
     """A T5 that says nothing: its last norm is zero, so every token it gives is zero, as without a T5.
 
@@ -119,9 +133,9 @@ def build_flow(vae: AutoencoderTiny, patch: int = 1, layers: int = 5, heads: int
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         vae=vae,  # pyright: ignore[reportArgumentType]
-        text_encoder=CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTHS[0])),
+        text_encoder=build_text_encoder(tokenizer, TEXT_WIDTHS[0]),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTHS[1])),
+        text_encoder_2=build_text_encoder(tokenizer, TEXT_WIDTHS[1]),
         tokenizer_2=tokenizer,
         text_encoder_3=t5,
         tokenizer_3=t5_tokenizer,  # pyright: ignore[reportArgumentType]

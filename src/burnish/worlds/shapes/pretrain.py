@@ -17,7 +17,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def train(
     loss_of: Callable[[int], tuple[Tensor, dict]],
     *,
     learning_rate: float,
+    text_rate: float | None = None,
     muon_rate: float | None = None,
     ema_decay: float | None = None,
     weight_decay: float = 0.01,
@@ -67,21 +68,26 @@ def train(
 ) -> None:
     """One-cycle training of `modules`, resumable; writes WORK/<name>.pt (state) and WORK/<name>.jsonl (log).
 
-    AdamW; with `muon_rate` the matrices of attention and MLPs are left to Muon, which needs two thirds of the steps.
+    AdamW, for text encoders with a rate of their own; with `muon_rate` the matrices of the transformer's attention and
+    MLPs are left to Muon, which needs two thirds of the steps.
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    matrices = hidden_matrices(modules.values()) if muon_rate else []
-    others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    text = [p for key, module in modules.items() if key.startswith("text") for p in module.parameters()]
+    matrices = hidden_matrices(modules["transformer"]) if muon_rate else []
+    apart = {id(p) for p in (*text, *matrices)}
+    groups = [
+        {"params": [p for p in parameters if id(p) not in apart], "lr": learning_rate},
+        *([{"params": text, "lr": text_rate}] if text else []),
     ]
-    rates = [learning_rate]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    ]
     if muon_rate:
         optimizers.append(
             torch.optim.Muon(matrices, lr=muon_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         )
-        rates.append(muon_rate)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = {key: {n: t.clone() for n, t in module.state_dict().items()} for key, module in modules.items()}
     state_file, first = work / f"{name}.pt", 0
     if state_file.exists():
@@ -95,8 +101,8 @@ def train(
     seconds, running = time.time(), []
     for step in range(first, steps):
         warm = min(1.0, (step + 1) / (0.05 * steps))
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, peaks in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
             optimizer.zero_grad(set_to_none=True)
         loss, metrics = loss_of(step)
@@ -137,13 +143,12 @@ def train(
             print(json.dumps(row), flush=True)
 
 
-def hidden_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The weights of linear layers inside transformer blocks, without those that modulate: what Muon is made for."""
+def hidden_matrices(transformer: nn.Module) -> list[nn.Parameter]:
+    """The weights of linear layers inside the blocks, without those that modulate: what Muon is made for."""
     return [
         parameter
-        for module in modules
-        for name, parameter in module.named_parameters()
-        if parameter.ndim == 2 and re.search(r"(transformer_blocks|layers)\.\d+\.", name) and "norm" not in name
+        for name, parameter in transformer.named_parameters()
+        if parameter.ndim == 2 and re.search(r"transformer_blocks\.\d+\.", name) and "norm" not in name
     ]
 
 
@@ -272,6 +277,7 @@ def train_flow(work: Path, steps: int, batch: int = 64) -> None:
         modules,
         loss_of,
         learning_rate=3e-3,
+        text_rate=5e-4,
         muon_rate=5e-3,
         ema_decay=0.998,
         evaluate=evaluate_now,
@@ -347,7 +353,7 @@ def main() -> None:
     if options.stage == "vae":
         train_vae(options.work, options.steps or 5000)
     elif options.stage == "flow":
-        train_flow(options.work, options.steps or 16000)
+        train_flow(options.work, options.steps or 12000)
     elif options.stage == "ddpm":
         train_ddpm(options.work, options.steps or 9000)
     elif options.stage == "export":
