@@ -92,10 +92,9 @@ def build_text_encoder(tokenizer: Any, width: int) -> CLIPTextModelWithProjectio
     training, colours were told apart last and least. Words of size 1 in places of size 0.5 stay in sight.
     """
     encoder = CLIPTextModelWithProjection(text_config(tokenizer, width))
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
     for name, parameter in encoder.named_parameters():
-        if "position_embedding" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+        if "embedding" in name:
+            torch.nn.init.normal_(parameter, std=1.0 if "token" in name else 0.5)
     return encoder
 
 
