@@ -18,8 +18,8 @@ JEMALLOC := $(firstword $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libjemal
 	/usr/lib64/libjemalloc.so.2 /usr/lib/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2))
 WITH_JEMALLOC := $(if $(JEMALLOC),LD_PRELOAD=$(JEMALLOC) MALLOC_CONF=dirty_decay_ms:5000$(comma)muzzy_decay_ms:5000)
 
-# How long a thread spins before it sleeps. Not at all, and two threads are as slow as one; libgomp's default, for ever,
-# and two processes that share the cores are ten times slower than one.
+# How long an OpenMP thread spins before it sleeps: not at all, and two threads are no quicker than one; for long, and
+# two processes that share the cores hold each other up.
 GOMP_SPINCOUNT ?= 100000
 export GOMP_SPINCOUNT
 
