@@ -13,14 +13,14 @@ from burnish.trainers.update import Update, UpdateConfig
 
 def updater(start: float = 1.0, **settings) -> tuple[nn.Parameter, Update]:
     weight = nn.Parameter(torch.full((2,), start, dtype=torch.float64))
-    return weight, Update(Accelerator(cpu=True), {"weight": weight}, UpdateConfig(weight_decay=0.0, **settings))
+    return weight, Update(Accelerator(cpu=True), {"weight": weight}, UpdateConfig(weight_decay=0.0, **settings), total=8)
 
 
 def test_first_step_by_hand():
     # Adam's first step is -lr g / (|g| + eps), whatever the size of the gradient; decay takes lr * decay * w before it.
     weight = nn.Parameter(torch.tensor([2.0, -3.0], dtype=torch.float64))
     config = UpdateConfig(learning_rate=0.1, weight_decay=0.5, max_grad_norm=1e9, adam_epsilon=1e-30)
-    update = Update(Accelerator(cpu=True), {"weight": weight}, config)
+    update = Update(Accelerator(cpu=True), {"weight": weight}, config, total=1)
     update.backward((weight * torch.tensor([4.0, -0.5])).sum())
     metrics = update.step()
     expected = torch.tensor([2 * (1 - 0.05) - 0.1, -3 * (1 - 0.05) + 0.1], dtype=torch.float64)
@@ -70,6 +70,25 @@ def test_warm_up_is_linear_and_counts_optimiser_steps():
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]),
+        ("linear", [0.2, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]),
+        # .2 (1 + cos(pi n / 8)); the first step is half of it by warm-up
+        ("cosine", [0.2, 0.384776, 0.341421, 0.276537, 0.2, 0.123463, 0.058579, 0.015224]),
+    ],
+)
+def test_learning_rate_falls_to_nothing_over_the_run(schedule, expected):
+    weight, update = updater(learning_rate=0.4, warmup_steps=2, schedule=schedule)
+    rates = []
+    for _ in range(8):
+        update.backward(weight.sum())
+        rates.append(update.step()["learning_rate"])
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert update.config.rate(8, 8) == pytest.approx(0.4 if schedule == "constant" else 0.0, abs=1e-12)
+
+
 def test_average_warms_up_and_is_taken_every_few_steps():
     weight, update = updater(learning_rate=0.1, ema_decay=0.9, ema_every=2, adam_epsilon=1e-30)
     for _ in range(4):
@@ -104,7 +123,7 @@ def test_state_restores_everything_that_the_next_step_depends_on():
             update.backward((weight * torch.tensor([1.0, math.nan if step == 1 else step + 1.0])).sum())
             update.step()
 
-    settings = {"warmup_steps": 8, "ema_every": 2, "learning_rate": 0.1}
+    settings = {"warmup_steps": 8, "ema_every": 2, "learning_rate": 0.1, "schedule": "cosine"}
     weight, update = updater(**settings)
     advance(weight, update, range(3))
     other, restored = updater(start=7.0, **settings)

@@ -96,7 +96,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         reward=reward,
         replay=replay,
         objective=partial(row.objective, **config.objective),
-        update=Update(accelerator, policy.trainable(), config.update),
+        update=Update(accelerator, policy.trainable(), config.update, config.rounds * config.updates_per_round),
         behaviour={name: parameter.detach().clone() for name, parameter in policy.trainable().items()},
         stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round),
         held_out=held_out,

@@ -1,7 +1,8 @@
 """The optimiser step that every trainer shares: accumulate, guard, clip, AdamW, average."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,18 +21,28 @@ class UpdateConfig:
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     warmup_steps: Annotated[int, Ge(0)] = 0  # optimiser steps over which the learning rate rises linearly
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how it falls, to 0 at the end of the run
     ema_decay: Annotated[float, Ge(0)] = 0.9  # of the weights that are evaluated and saved; 0: the last weights
     ema_every: Annotated[int, Gt(0)] = 8  # optimiser steps between two averagings
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of optimiser step `step`, counted from 0, of `total`."""
+        left = max(0.0, 1 - step / total)
+        fallen = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.schedule]
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * fallen
 
 
 class Update:
     """AdamW over `parameters` with a running average; its whole state is `state_dict()`.
 
     One step: `backward` as often as there are micro-batches (each call frees its graph), then `step`.
+    `total`: the optimiser steps of the whole run, over which the schedule of the learning rate goes.
     """
 
-    def __init__(self, accelerator: Accelerator, parameters: dict[str, nn.Parameter], config: UpdateConfig) -> None:
-        self.accelerator, self.parameters, self.config = accelerator, parameters, config
+    def __init__(
+        self, accelerator: Accelerator, parameters: dict[str, nn.Parameter], config: UpdateConfig, total: int
+    ) -> None:
+        self.accelerator, self.parameters, self.config, self.total = accelerator, parameters, config, total
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(
                 parameters.values(),
@@ -59,7 +70,7 @@ class Update:
         norm = torch.as_tensor(
             self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
         )
-        rate = self.config.learning_rate * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
+        rate = self.config.rate(self.steps, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if norm.isfinite() or self.accelerator.scaler is not None:  # fp16's scaler has to learn of it, and skips itself
