@@ -13,7 +13,8 @@ from burnish.trainers.update import Update, UpdateConfig
 
 def updater(start: float = 1.0, **settings) -> tuple[nn.Parameter, Update]:
     weight = nn.Parameter(torch.full((2,), start, dtype=torch.float64))
-    return weight, Update(Accelerator(cpu=True), {"weight": weight}, UpdateConfig(weight_decay=0.0, **settings), total=8)
+    config = UpdateConfig(weight_decay=0.0, **settings)
+    return weight, Update(Accelerator(cpu=True), {"weight": weight}, config, total=8)
 
 
 def test_first_step_by_hand():
