@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from burnish.data import resolve
 from burnish.evaluation import evaluate, geneval_verdict
@@ -13,36 +14,41 @@ from burnish.rollout import sample
 from burnish.worlds.shapes import captions, detect
 from burnish.worlds.shapes.pretrain import draw
 
-FLOW = "package:burnish.worlds.shapes/models/flow"
+MODELS = "package:burnish.worlds.shapes/models"
 
 
-def logged(stage: str) -> dict:
-    return json.loads((resolve(FLOW) / f"{stage}.jsonl").read_text().splitlines()[-1])
+def logged(base: str, stage: str) -> dict:
+    return json.loads((resolve(f"{MODELS}/{base}") / f"{stage}.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=["flow", "ddpm"])
+def base(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy(FLOW)
+def policy(base):
+    return load_policy(f"{MODELS}/{base}")
 
 
-def test_reconstructions_verify_as_the_log_says(policy):
+def test_reconstructions_verify_as_the_log_says(base, policy):
     prompts, images = draw(300, seed=77)
     with torch.no_grad():
         decoded = policy.decode(policy.encode_images(images))
     verified = [geneval_verdict(found, asked).correct for found, asked in zip(detect(decoded), prompts, strict=True)]
-    assert sum(verified) / len(verified) > logged("vae")["verified"] - 0.02
-    assert (decoded - images).square().mean().log10() * -10 > logged("vae")["psnr"] - 1
+    assert sum(verified) / len(verified) > logged(base, "vae")["verified"] - 0.02
+    assert (decoded - images).square().mean().log10() * -10 > logged(base, "vae")["psnr"] - 1
 
 
-def test_accuracy_is_what_the_log_says(policy):
+def test_accuracy_is_what_the_log_says(base, policy):
     held_out = captions.selection(16, held_out=True)
     result = evaluate(policy, held_out, detect, images_per_prompt=2, steps=16, guidance=2.0, batch_size=96)
     # 192 pictures each: the difference of two such means has a standard deviation of at most 0.05
-    assert abs(result.overall() - logged("flow")["accuracy@2"]) < 0.12
+    assert abs(result.overall() - logged(base, base)["accuracy@2"]) < 0.12
 
 
-def test_the_policy_is_the_stock_pipeline(policy):
-    stock = DiffusionPipeline.from_pretrained(resolve(FLOW))
+def test_the_policy_is_the_stock_pipeline(base, policy):
+    stock = DiffusionPipeline.from_pretrained(resolve(f"{MODELS}/{base}"))
     stock.set_progress_bar_config(disable=True)
     prompts, seeds = ["a red circle", "two blue crosses"], [3, 4]
     mine = sample(policy, prompts, steps=6, guidance=2.0, seeds=seeds).latents
@@ -57,3 +63,14 @@ def test_the_policy_is_the_stock_pipeline(policy):
     # To 1e-5 the same is held on other weights, in tests/policies/test_equals_stock.py.
     assert (mine - theirs).abs().max() <= 1e-4
     assert (policy.decode(mine) - policy.decode(theirs)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_the_bases_share_their_vae_and_text_encoder(part):
+    def weights(base: str) -> dict[str, torch.Tensor]:
+        stored = load_file(resolve(f"{MODELS}/{base}") / f"{part}.safetensors")
+        return {name.removeprefix("text_model."): tensor for name, tensor in stored.items()}
+
+    flow, ddpm = weights("flow"), weights("ddpm")
+    assert set(flow) - set(ddpm) <= {"text_projection.weight"}
+    assert all(torch.equal(flow[name], tensor) for name, tensor in ddpm.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def train(
@@ -29,13 +30,14 @@ def train(
 ) -> None:
     """One-cycle training of `modules`, resumable; writes WORK/<name>.pt (state) and WORK/<name>.jsonl (log).
 
-    AdamW, for text encoders with a rate of their own; with `muon_rate` the matrices of the transformer's attention and
-    MLPs are left to Muon, which needs two thirds of the steps.
+    AdamW, for text encoders with a rate of their own; with `muon_rate` the matrices of the networks' attention and MLPs
+    are left to Muon, which needs two thirds of the steps.
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     text = [p for key, module in modules.items() if key.startswith("text") for p in module.parameters()]
-    matrices = hidden_matrices(modules["transformer"]) if muon_rate else []
+    networks = [module for key, module in modules.items() if not key.startswith("text")]
+    matrices = [matrix for network in networks for matrix in hidden_matrices(network)] if muon_rate else []
     apart = {id(p) for p in (*text, *matrices)}
     groups = [
         {"params": [p for p in parameters if id(p) not in apart], "lr": learning_rate},
@@ -76,7 +78,7 @@ def train(
             decay = min(ema_decay, (1 + step) / (10 + step))
             for key, module in modules.items():
                 moving = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
-                torch._foreach_lerp_([average[key][n] for n in moving], list(moving.values()), 1 - decay)
+                get_ema_multi_avg_fn(decay)([average[key][n] for n in moving], list(moving.values()), step)
         else:
             average = {key: module.state_dict() for key, module in modules.items()}
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -104,10 +106,10 @@ def train(
             print(json.dumps(row), flush=True)
 
 
-def hidden_matrices(transformer: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     """The weights of linear layers inside the blocks, without those that modulate: what Muon is made for."""
     return [
         parameter
-        for name, parameter in transformer.named_parameters()
+        for name, parameter in network.named_parameters()
         if parameter.ndim == 2 and re.search(r"transformer_blocks\.\d+\.", name) and "norm" not in name
     ]
