@@ -5,7 +5,7 @@
     python -m burnish.worlds.shapes.pretrain ddpm WORK [--steps N]
     python -m burnish.worlds.shapes.pretrain export WORK DESTINATION
 
-Each stage is seeded, saves its state to WORK every few hundred steps and goes on from it when started again; its log
+Each stage is seeded, saves its state to WORK every 500 or 1,000 steps and goes on from it when started again; its log
 is WORK/<stage>.jsonl. `export` writes the two pipelines that ship with burnish. The bases are mediocre on purpose:
 35% of the captions in their data belong to another picture of the same kind, as web captions do, which is what
 post-training can mend.
@@ -115,12 +115,12 @@ class Data:
         self.caption = torch.tensor([index_of[text] for text in texts])
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-        """x0, noise and token ids of step `step`; one caption in ten is dropped, for guidance."""
+        """x0, noise and captions, as rows of `ids`, of step `step`; one caption in ten is dropped, for guidance."""
         generator = torch.Generator().manual_seed(SEED + 10 + step)
         chosen = torch.randint(len(self.latents), (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < 0.1
         noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
-        return self.latents[chosen], noise, self.ids[self.caption[chosen].masked_fill(dropped, 0)], generator
+        return self.latents[chosen], noise, self.caption[chosen].masked_fill(dropped, 0), generator
 
 
 def accuracies(make_policy: Callable[[], Policy]) -> Callable[[], dict[str, float]]:
@@ -154,13 +154,13 @@ def train_flow(work: Path, steps: int, batch: int = 64) -> None:
     compiled = torch.compile(transformer)  # a fifth quicker; needs a C++ compiler
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        x0, noise, ids, generator = data.batch(step, batch)
+        x0, noise, rows, generator = data.batch(step, batch)
         # Logit-normal as in SD3, but wider and noisier: what a picture holds is decided at s > 0.85, and of SD3's own
         # times only 4% are there.
         s = (1.2 * torch.randn(batch, generator=generator) + 0.5).sigmoid()
         x = torch.lerp(x0, noise, s[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
-            embeds, pooled = encode_ids(pipeline, ids)
+            embeds, pooled = encode_ids(pipeline, data.ids[rows])
             options = {"key_bias": bias}
             prediction = compiled(x, embeds, pooled, s * 1000, joint_attention_kwargs=options).sample
         return (prediction.float() - (noise - x0)).square().mean(), {}
@@ -193,15 +193,13 @@ def train_ddpm(work: Path, steps: int, batch: int = 64) -> None:
     data = Data(pipeline.vae, pipeline.tokenizer, 60_000)
     with torch.no_grad():
         embeds = torch.cat([pipeline.text_encoder(part)[0] for part in data.ids.split(256)])
-    row_of = {tuple(ids.tolist()): row for row, ids in enumerate(data.ids)}
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        x0, noise, ids, generator = data.batch(step, batch)
+        x0, noise, rows, generator = data.batch(step, batch)
         t = torch.randint(1000, (batch,), generator=generator)
         x = process.add_noise(x0, noise, t).to(memory_format=torch.channels_last)
-        told = embeds[[row_of[tuple(one.tolist())] for one in ids]]
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = compiled(x, t, encoder_hidden_states=told).sample
+            prediction = compiled(x, t, encoder_hidden_states=embeds[rows]).sample
         return (prediction.float() - process.target(x0, noise, t)).square().mean(), {}
 
     evaluate_now = accuracies(lambda: StableDiffusionPolicy(pipeline))
