@@ -18,6 +18,7 @@ from burnish import cli
 from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
+from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
 from burnish.trainers import online, session
 
@@ -230,11 +231,19 @@ def test_the_metrics_page_has_every_metric_that_a_run_logs(sampler, tiny_recipe,
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row} - {"step"}
     assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "kl"} <= logged
-    page = (DOCS / "metrics.md").read_text("utf-8")
-    told = set(re.findall(r"`([^`\s]+)`", "".join(re.findall(r"^\|([^|]*)\|", page, re.MULTILINE))))
     general = re.compile(r"(?<=^rewards/)[^/]+(?=/mean$)"), re.compile(r"(?<=^eval/accuracy/)[^/]+$")
     bounds = re.compile(r"(?<=^eval/accuracy_low/)[^/]+$"), re.compile(r"(?<=^eval/accuracy_high/)[^/]+$")
     named = map(partial(general[0].sub, "<name>"), logged)
     for pattern in (general[1], *bounds):
         named = map(partial(pattern.sub, "<kind>"), list(named))
-    assert not set(named) - told
+    assert not set(named) - explained_metrics()
+
+
+def test_the_report_draws_metrics_that_exist():
+    drawn = {metric for lines in PLOTS.values() for metric in lines.values()}
+    assert not drawn - explained_metrics()
+
+
+def explained_metrics() -> set[str]:
+    page = (DOCS / "metrics.md").read_text("utf-8")
+    return set(re.findall(r"`([^`\s]+)`", "".join(re.findall(r"^\|([^|]*)\|", page, re.MULTILINE))))

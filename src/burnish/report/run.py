@@ -26,13 +26,17 @@ PLOTS: dict[str, dict[str, str]] = {
     "Approximate KL to the sampling policy": {"approx_kl": "approx_kl"},
     "Deviation from the sampling policy": {"deviation": "old_deviation"},
     "Ratio: largest deviation from 1": {"all steps": "ratio/max_deviation", "first step": "ratio/first_deviation"},
-    "Clipped": {"fraction": "clip_fraction"},
+    "Ratios clipped": {
+        "outside 1 +- clip": "clip_ratio/region_mean",
+        "of these, A < 0": "clip_ratio/low_mean",
+        "of these, A > 0": "clip_ratio/high_mean",
+    },
     "Gradient norm before clipping": {"norm": "grad_norm"},
     "Groups without spread": {"fraction": "frac_reward_zero_std"},
     "Loss": {"loss": "loss"},
     "Learning rate": {"rate": "learning_rate"},
 }
-FRACTIONS = {"clip_fraction", "frac_reward_zero_std"}
+FRACTIONS = {"clip_ratio/region_mean", "frac_reward_zero_std"}
 STAGES = ("rollout", "reward", "update")
 
 DIVERSITY_LOSS = 0.3  # a fall of more than this fraction is worth a warning
