@@ -10,13 +10,13 @@ from burnish.worlds.shapes.pipelines import MAX_TOKENS, build_tokenizer
 from burnish.worlds.shapes.scenes import COLORS, SHAPES
 
 ALL = list(captions.prompts())
-TRAIN, HELD_OUT = ([p for p in ALL if p["held_out"] == held_out] for held_out in (False, True))
+BASE, POST, HELD_OUT = ([p for p in ALL if p["split"] == split] for split in ("base", "post", "held_out"))
 
 
 @pytest.mark.parametrize("kind", captions.KINDS)
 def test_every_kind_has_prompts_to_train_on_and_enough_to_hold_out(kind):
     assert sum(p["tag"] == kind for p in HELD_OUT) >= 20
-    assert sum(p["tag"] == kind for p in TRAIN) >= 40
+    assert sum(p["tag"] == kind for p in BASE) >= 40
 
 
 def test_the_kinds_are_genevals():
@@ -28,37 +28,54 @@ def test_no_prompt_comes_twice():
     assert max(Counter(p["prompt"] for p in ALL).values()) == 1
 
 
-def test_held_out_pairs_are_in_no_training_prompt_of_any_kind():
-    written = {(color, name) for color, s in captions.HELD_OUT_PAIRS for name in (s, captions.plural(s))}
+def test_unseen_pairs_are_in_no_prompt_of_the_base_models():
+    written = {(color, name) for color, s in captions.UNSEEN_PAIRS for name in (s, captions.plural(s))}
     assert len(written) == 8
-    for prompt in TRAIN:
+    for prompt in BASE:
         assert written.isdisjoint(pairwise(prompt["prompt"].split())), prompt["prompt"]
-        assert captions.HELD_OUT_PAIRS.isdisjoint((c.get("color"), c["class"]) for c in prompt["include"])
-    assert all(any(pair in pairwise(p["prompt"].split()) for p in HELD_OUT) for pair in written)
+        assert captions.UNSEEN_PAIRS.isdisjoint((c.get("color"), c["class"]) for c in prompt["include"])
+    assert all(any(pair in pairwise(p["prompt"].split()) for p in POST + HELD_OUT) for pair in written)
 
 
-def test_held_out_combinations_are_held_out_and_nothing_else_is():
+def test_what_is_asked_for_in_the_end_is_in_no_prompt_that_is_trained_on_however_it_is_said():
+    def scene(prompt):
+        clauses = (tuple(sorted((name, str(value)) for name, value in c.items())) for c in prompt["include"])
+        return prompt["tag"], frozenset(clauses)
+
+    # single_object has nothing to combine, so wordings are held out; of two_object the order of words is
+    scenes = {scene(p) for p in HELD_OUT if p["tag"] not in ("single_object", "two_object")}
+    assert scenes.isdisjoint(map(scene, BASE + POST))
+    assert {p["prompt"] for p in HELD_OUT}.isdisjoint(p["prompt"] for p in BASE + POST)
+
+
+def test_combinations_are_in_the_split_that_the_rules_give():
     for prompt in ALL:
         include, tag = prompt["include"], prompt["tag"]
         classes = tuple(clause["class"] for clause in include)
-        has_pair = any((clause.get("color"), clause["class"]) in captions.HELD_OUT_PAIRS for clause in include)
-        if tag in ("colors", "color_attr"):
-            assert prompt["held_out"] == has_pair
+        has_pair = any((clause.get("color"), clause["class"]) in captions.UNSEEN_PAIRS for clause in include)
+        held_out = prompt["split"] == "held_out"
+        if tag == "colors":
+            assert held_out == has_pair
+        elif tag == "color_attr":
+            assert (prompt["split"] == "base") == (not has_pair)
         elif tag == "two_object":
-            assert prompt["held_out"] == (classes in captions.HELD_OUT_ORDERS)
+            assert held_out == (classes in captions.HELD_OUT_ORDERS)
         elif tag == "position":
             triple = (classes[1], include[1]["position"][0], classes[0])
-            assert prompt["held_out"] == (triple in captions.HELD_OUT_TRIPLES)
+            assert held_out == (triple in captions.HELD_OUT_TRIPLES)
         elif tag == "counting":
-            assert prompt["held_out"] or not has_pair
+            assert held_out or (prompt["split"] == "post") == has_pair
 
 
 def test_what_is_held_out_is_seen_in_parts():
-    """Each colour, shape, relation and number is trained on; only their combinations are new."""
-    trained = {word for prompt in TRAIN for word in prompt["prompt"].split()}
-    assert trained == set(captions.vocabulary())
-    assert {pair[0] for pair in captions.HELD_OUT_PAIRS} <= set(COLORS)
-    assert {pair[1] for pair in captions.HELD_OUT_PAIRS} == set(SHAPES)
+    """The base models train on each colour, shape, relation and number; post-training on each colour-shape pair too."""
+    assert {word for prompt in BASE for word in prompt["prompt"].split()} == set(captions.vocabulary())
+    assert {pair[0] for pair in captions.UNSEEN_PAIRS} <= set(COLORS)
+    assert {pair[1] for pair in captions.UNSEEN_PAIRS} == set(SHAPES)
+    shipped = captions.selection(192, "base", "post")
+    for color, shape in captions.UNSEEN_PAIRS:
+        asking = [p for p in shipped if any((c.get("color"), c["class"]) == (color, shape) for c in p["include"])]
+        assert {p["tag"] for p in asking} == {"counting", "color_attr"}
 
 
 def test_the_prompt_says_what_its_metadata_asks_for():
@@ -100,20 +117,20 @@ def test_one_token_a_word_and_every_prompt_fits():
 
 
 def test_selection_is_even_and_without_repetition():
-    for held_out, each in ((False, 96), (True, 24)):
-        chosen = captions.selection(each, held_out=held_out)
-        assert all(p["held_out"] == held_out for p in chosen)
+    for splits, each in ((("base", "post"), 192), (("held_out",), 24)):
+        chosen = captions.selection(each, *splits)
+        assert all(p["split"] in splits for p in chosen)
         assert len({p["prompt"] for p in chosen}) == len(chosen)
         for kind in captions.KINDS:
-            available = sum(p["tag"] == kind and p["held_out"] == held_out for p in ALL)
+            available = sum(p["tag"] == kind and p["split"] in splits for p in ALL)
             assert sum(p["tag"] == kind for p in chosen) == min(each, available)
 
 
 def test_the_shipped_files_are_the_selection(tmp_path):
     captions.write(tmp_path)
-    for name, each in (("train", 96), ("held_out", 24)):
+    for name, splits, each in (("train", ("base", "post"), 192), ("held_out", ("held_out",), 24)):
         shipped = Path(captions.__file__).parent / "prompts" / f"{name}.jsonl"
         assert shipped.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
         rows = load_prompts(f"package:burnish.worlds.shapes/prompts/{name}.jsonl")
-        expected = captions.selection(each, held_out=name == "held_out")
-        assert rows == [{key: value for key, value in p.items() if key != "held_out"} for p in expected]
+        expected = captions.selection(each, *splits)
+        assert rows == [{key: value for key, value in p.items() if key != "split"} for p in expected]

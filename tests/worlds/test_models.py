@@ -41,7 +41,7 @@ def test_reconstructions_verify_as_the_log_says(base, policy):
 
 
 def test_accuracy_is_what_the_log_says(base, policy):
-    held_out = captions.selection(16, held_out=True)
+    held_out = captions.selection(16, "post", "held_out")
     result = evaluate(policy, held_out, detect, images_per_prompt=2, steps=16, guidance=2.0, batch_size=96)
     # 192 pictures each: the difference of two such means has a standard deviation of at most 0.05
     assert abs(result.overall() - logged(base, base)["accuracy@2"]) < 0.12

@@ -4,20 +4,28 @@ A prompt is an opening ("", "a photo of", ...) and a body ("a red circle above a
 must be there (`include`) and, because this world is strict, what must not (`exclude`): one object more than asked for,
 any other shape, and anything that is no shape at all.
 
-Held out, so never seen in training of any kind:
-* four colour-shape pairs, one for each shape (no prompt of any kind with one of them is trained on),
+A prompt is in one of three splits: the base models and post-training may train on `base`, only post-training on `post`,
+and nobody on `held_out`. The base models have never seen
+
+* four colour-shape pairs (no prompt of any kind with one of them),
 * four ordered pairs of shapes, in two_object prompts,
-* three shape-relation-shape triples, in position prompts,
+* four shape-relation-shape triples, in position prompts,
 * every fourth (count, colour, shape) triple, in counting prompts,
 * in single_object, where nothing is left to combine, every third (opening, body) wording.
+
+Post-training may meet the four colour-shape pairs, but only by twos and more (counting) or beside a second object
+(color_attr): neither alone, nor in the combinations of these two kinds that are asked for in the end.
 """
 
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from burnish.worlds.shapes.scenes import COLORS, SHAPES
+
+Split = Literal["base", "post", "held_out"]
 
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
@@ -25,7 +33,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 NOT_A_SHAPE = "blob"  # the class the verifier gives to what it cannot name
 
-HELD_OUT_PAIRS = {("yellow", "circle"), ("blue", "square"), ("red", "triangle"), ("green", "cross")}
+UNSEEN_PAIRS = {("yellow", "circle"), ("blue", "square"), ("red", "triangle"), ("green", "cross")}
 HELD_OUT_ORDERS = {("cross", "circle"), ("circle", "triangle"), ("triangle", "square"), ("square", "cross")}
 HELD_OUT_TRIPLES = {
     ("circle", "left of", "cross"), ("square", "above", "circle"), ("triangle", "right of", "circle"),
@@ -38,40 +46,47 @@ def plural(shape: str) -> str:
 
 
 def prompts() -> Iterator[dict]:
-    """Every prompt of the world: {"prompt", "tag", "include", "exclude", "held_out"}, in a fixed order."""
-    for body, tag, include, held_out in _bodies():
+    """Every prompt of the world: {"prompt", "tag", "include", "exclude", "split"}, in a fixed order."""
+    for body, tag, include, split in _bodies():
         for number, opening in enumerate(OPENINGS):
             yield {
                 "prompt": opening + body,
                 "tag": tag,
                 "include": include,
                 "exclude": _nothing_else(include),
-                "held_out": held_out if tag != "single_object" else (number + _number(body)) % 3 == 0,
+                "split": split if tag != "single_object" or (number + _number(body)) % 3 else "held_out",
             }
 
 
-def _bodies() -> Iterator[tuple[str, str, list[dict], bool]]:
+def _bodies() -> Iterator[tuple[str, str, list[dict], Split]]:
     def thing(shape: str, color: str | None = None, count: int = 1) -> dict:
         return {"class": shape, "count": count} | ({"color": color} if color else {})
 
     for shape, article in itertools.product(SHAPES, ("a", "one", "a single")):
-        yield f"{article} {shape}", "single_object", [thing(shape)], False
+        yield f"{article} {shape}", "single_object", [thing(shape)], "base"
     for one, other in itertools.permutations(SHAPES, 2):
-        yield f"a {one} and a {other}", "two_object", [thing(one), thing(other)], (one, other) in HELD_OUT_ORDERS
+        split = "held_out" if (one, other) in HELD_OUT_ORDERS else "base"
+        yield f"a {one} and a {other}", "two_object", [thing(one), thing(other)], split
     for index, (count, shape, color) in enumerate(itertools.product(NUMBERS, SHAPES, (None, *COLORS))):
         words = f"{NUMBERS[count]} {color + ' ' if color else ''}{plural(shape)}"
-        yield words, "counting", [thing(shape, color, count)], index % 4 == 1 or (color, shape) in HELD_OUT_PAIRS
+        split = "held_out" if index % 4 == 1 else "post" if (color, shape) in UNSEEN_PAIRS else "base"
+        yield words, "counting", [thing(shape, color, count)], split
     for color, shape in itertools.product(COLORS, SHAPES):
-        yield f"a {color} {shape}", "colors", [thing(shape, color)], (color, shape) in HELD_OUT_PAIRS
+        split = "held_out" if (color, shape) in UNSEEN_PAIRS else "base"
+        yield f"a {color} {shape}", "colors", [thing(shape, color)], split
     for one, relation, other in itertools.product(SHAPES, RELATIONS, SHAPES):
         if one != other:
             include = [thing(other), thing(one) | {"position": [relation, 0]}]
-            yield f"a {one} {relation} a {other}", "position", include, (one, relation, other) in HELD_OUT_TRIPLES
+            split = "held_out" if (one, relation, other) in HELD_OUT_TRIPLES else "base"
+            yield f"a {one} {relation} a {other}", "position", include, split
     for one, other in itertools.permutations(itertools.product(COLORS, SHAPES), 2):
         if one[0] != other[0] and one[1] != other[1]:
             include = [thing(one[1], one[0]), thing(other[1], other[0])]
-            held_out = one in HELD_OUT_PAIRS or other in HELD_OUT_PAIRS
-            yield f"a {' '.join(one)} and a {' '.join(other)}", "color_attr", include, held_out
+            both = "".join(
+                sorted((*one, *other))
+            )  # the same in either order: held out is what is seen, not how it is said
+            split = "base" if UNSEEN_PAIRS.isdisjoint((one, other)) else "post" if _number(both) % 3 else "held_out"
+            yield f"a {' '.join(one)} and a {' '.join(other)}", "color_attr", include, split
 
 
 def _nothing_else(include: list[dict]) -> list[dict]:
@@ -88,11 +103,11 @@ def vocabulary() -> list[str]:
     return sorted({word for prompt in prompts() for word in prompt["prompt"].split()})
 
 
-def selection(each: int, *, held_out: bool) -> list[dict]:
-    """`each` prompts of each kind (all, of a kind that has fewer), spread evenly over the kind's list."""
+def selection(each: int, *splits: Split) -> list[dict]:
+    """`each` prompts of each kind from `splits` (all, of a kind that has fewer), spread evenly over the kind's list."""
     chosen = []
     for kind in KINDS:
-        of_kind = [p for p in prompts() if p["tag"] == kind and p["held_out"] == held_out]
+        of_kind = [p for p in prompts() if p["tag"] == kind and p["split"] in splits]
         count = min(each, len(of_kind))
         chosen += [of_kind[index * len(of_kind) // count] for index in range(count)]
     return chosen
@@ -100,8 +115,8 @@ def selection(each: int, *, held_out: bool) -> list[dict]:
 
 def write(directory: Path) -> None:
     """The prompt files that recipes name: `train.jsonl` to train on, `held_out.jsonl` to evaluate on."""
-    for name, chosen in (("train", selection(96, held_out=False)), ("held_out", selection(24, held_out=True))):
-        rows = [json.dumps({key: value for key, value in p.items() if key != "held_out"}) for p in chosen]
+    for name, chosen in (("train", selection(192, "base", "post")), ("held_out", selection(24, "held_out"))):
+        rows = [json.dumps({key: value for key, value in p.items() if key != "split"}) for p in chosen]
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ NOISY_CAPTIONS = 0.35
 def draw(count: int, seed: int) -> tuple[list[dict], Float[Tensor, "batch 3 height width"]]:
     """Prompts that may be trained on, the kinds in equal parts, and a picture of each."""
     rng = np.random.default_rng(seed)
-    kinds = [[p for p in captions.prompts() if p["tag"] == kind and not p["held_out"]] for kind in captions.KINDS]
+    kinds = [[p for p in captions.prompts() if p["tag"] == kind and p["split"] == "base"] for kind in captions.KINDS]
     chosen = [kinds[index % 6][rng.integers(len(kinds[index % 6]))] for index in range(count)]
     return chosen, scenes.render([scenes.sample_scene(prompt, rng) for prompt in chosen])
 
@@ -125,7 +125,7 @@ class Data:
 
 def accuracies(make_policy: Callable[[], Policy]) -> Callable[[], dict[str, float]]:
     """Held-out accuracy at guidance 1, 2 and 4, by kind at 2: 16 prompts of each kind, 2 pictures each."""
-    held_out = captions.selection(16, held_out=True)
+    held_out = captions.selection(16, "post", "held_out")
 
     def evaluate_now() -> dict[str, float]:
         row, policy = {}, make_policy()  # a new one each time: it caches prompts, and the text encoder is in training
