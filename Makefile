@@ -27,14 +27,14 @@ export GOMP_SPINCOUNT
 .SILENT:
 
 help:
-	echo "make demo    train the embedded world's flow model to follow its prompts: about 10 minutes on 2 cores"
+	echo "make demo    train the embedded world's flow model to follow its prompts: about 11 minutes on 2 cores"
 	echo "make test    lint, types, import rules and tests"
 	echo "make lint    the same without the tests"
 	echo "make docs    the documentation, to site/index.html"
 	echo "make clean   remove .venv, site and caches (not runs)"
 
 demo: $(VENV)/.core
-	echo "== demo: base model, training, comparison, report in runs/demo (about 10 minutes on 2 cores)"
+	echo "== demo: base model, training, comparison, report in runs/demo (about 11 minutes on 2 cores)"
 	$(WITH_JEMALLOC) $(BIN)/burnish demo --output runs/demo
 
 test: lint

@@ -264,7 +264,7 @@ def test_compare_writes_a_picture_and_a_page_that_stands_alone(run, session, tmp
     page = (tmp_path / "compare.html").read_text("utf-8")
     assert page.count("data:image/png;base64,") == 1
     assert not re.search(r"https?://|(src|href)=\"(?!data:)", page)
-    assert size(tmp_path / "compare.png") == (4 * 100 + 4, 4 * 118 + 4)  # 2 + 2 seeds, four prompts
+    assert size(tmp_path / "compare.png") == (2 * 420 + 20 + 4, 18 + 2 * 118 + 4)  # 2 + 2 seeds, 2 x 2 prompts
 
 
 # the model card's snippet, by itself

@@ -1,6 +1,6 @@
 """Grids of pictures with a caption for each row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP, CAPTION = 4, 18  # pixels between pictures, and the height of a caption
+GAP, WIDE_GAP, CAPTION = 4, 20, 18  # pixels between pictures, between parts of the sheet, and the height of a caption
 SMALLEST = 96  # pictures with shorter sides are enlarged by whole factors, pixel by pixel
 
 
@@ -18,26 +18,53 @@ def to_pil(image: Float[Tensor, "3 height width"]) -> Image.Image:
     return Image.fromarray((image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8))
 
 
-def grid(images: Float[Tensor, "batch 3 height width"], columns: int, labels: Sequence[str] = ()) -> Image.Image:
-    """Pictures row by row, `columns` to a row, each row under its label."""
+def grid(
+    images: Float[Tensor, "batch 3 height width"],
+    columns: int,
+    labels: Sequence[str] = (),
+    *,
+    headings: Sequence[str] = (),
+    abreast: int = 1,
+) -> Image.Image:
+    """Pictures row by row, `columns` to a row, each row under its label; `abreast` rows beside each other.
+
+    `headings` stand above the first row, each over its equal share of the columns.
+    """
     factor = max(1, -(-SMALLEST // min(images.shape[-2:])))
     high, wide = images.shape[-2] * factor, images.shape[-1] * factor
-    rows, caption = -(-len(images) // columns), CAPTION if labels else 0
-    sheet = Image.new("RGB", (columns * (wide + GAP) + GAP, rows * (high + GAP + caption) + GAP), "white")
+    rows, caption, heading = -(-len(images) // columns), CAPTION if labels else 0, CAPTION if headings else 0
+    share = columns // max(1, len(headings))
+    across = columns * (wide + GAP) + (columns // share - 1) * WIDE_GAP  # of one row
+    down = high + GAP + caption
+    size = (min(abreast, rows) * (across + WIDE_GAP) - WIDE_GAP + GAP, -(-rows // abreast) * down + heading + GAP)
+    sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        left, top = GAP + column * (wide + GAP), GAP + caption + row * (high + GAP + caption)
+        left = GAP + row % abreast * (across + WIDE_GAP) + column * (wide + GAP) + column // share * WIDE_GAP
+        top = GAP + heading + caption + row // abreast * down
         picture = to_pil(image)
         sheet.paste(picture.resize((wide, high), Image.Resampling.NEAREST) if factor > 1 else picture, (left, top))
         if labels and column == 0:
-            pen.text((GAP, top - caption), labels[row], fill="black", font=font)
+            pen.text((left, top - caption), _fit(labels[row], across, font.getlength), fill="black", font=font)
+        if headings and row < abreast and column % share == 0:
+            pen.text((left, GAP), headings[column // share], fill="gray", font=font)
     return sheet
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int, labels: Sequence[str] = ()) -> None:
+def _fit(text: str, width: int, length: Callable[[str], float]) -> str:
+    """`text`, cut to `width` pixels."""
+    cut, end = text, len(text)
+    while length(cut) > width and end:
+        end -= 1
+        cut = f"{text[:end].rstrip()}..."
+    return cut
+
+
+def save_grid(images: Tensor, path: Path, **layout: Any) -> None:
+    """Write what `grid` makes of `images` and `layout` to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, columns, labels).save(path)
+    grid(images, **layout).save(path)
 
 
 def one_of_each_kind(prompts: Sequence[Mapping[str, Any]], most: int = 6) -> list[Mapping[str, Any]]:

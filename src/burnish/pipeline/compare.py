@@ -146,7 +146,7 @@ def compare(
 
 
 def write_comparison(comparison: Comparison, directory: Path, names: str, images_per_prompt: int) -> None:
-    """`compare.png`: prompts of every kind, base on the left; `compare.html`: the same and the table."""
+    """`compare.png`: prompts of every kind, each model's pictures of it; `compare.html`: the same and the table."""
     kinds = comparison.base.kinds[::images_per_prompt]
     seeds = min(SHOWN_SEEDS, images_per_prompt)
     places = [place * images_per_prompt for place in _spread(kinds, SHOWN_PROMPTS)]
@@ -154,7 +154,8 @@ def write_comparison(comparison: Comparison, directory: Path, names: str, images
         [one.images[place : place + seeds] for place in places for one in (comparison.base, comparison.after)]
     )
     labels = [comparison.base.prompts[place] for place in places]
-    write_pictures(pictures, directory / "compare.png", columns=2 * seeds, labels=labels)
+    layout = {"columns": 2 * seeds, "labels": labels, "headings": ("base", "after"), "abreast": 2}
+    write_pictures(pictures, directory / "compare.png", **layout)
     page = render(
         "compare.html.j2",
         title="Base and after, side by side",

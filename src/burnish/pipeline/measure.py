@@ -150,9 +150,9 @@ def write_evaluation(evaluation: Evaluation, settings: EvaluationConfig, directo
     atomic_write(directory / "evaluation.json", json.dumps(told, indent=1) + "\n")
 
 
-def write_pictures(images: Any, path: Path, *, columns: int, labels: Sequence[str]) -> None:
+def write_pictures(images: Any, path: Path, **layout: Any) -> None:
     """`save_grid`, where a place that cannot be written is the user's to mend."""
     try:
-        save_grid(images, path, columns=columns, labels=labels)
+        save_grid(images, path, **layout)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}: choose another output") from error
