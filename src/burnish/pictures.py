@@ -33,8 +33,9 @@ def grid(
     factor = max(1, -(-SMALLEST // min(images.shape[-2:])))
     high, wide = images.shape[-2] * factor, images.shape[-1] * factor
     rows, caption, heading = -(-len(images) // columns), CAPTION if labels else 0, CAPTION if headings else 0
-    share = columns // max(1, len(headings))
-    across = columns * (wide + GAP) + (columns // share - 1) * WIDE_GAP  # of one row
+    parts = max(1, len(headings))
+    share = columns // parts
+    across = columns * (wide + GAP) + (parts - 1) * WIDE_GAP  # of one row
     down = high + GAP + caption
     size = (min(abreast, rows) * (across + WIDE_GAP) - WIDE_GAP + GAP, -(-rows // abreast) * down + heading + GAP)
     sheet = Image.new("RGB", size, "white")

@@ -154,14 +154,14 @@ def write_comparison(comparison: Comparison, directory: Path, names: str, images
         [one.images[place : place + seeds] for place in places for one in (comparison.base, comparison.after)]
     )
     labels = [comparison.base.prompts[place] for place in places]
-    layout = {"columns": 2 * seeds, "labels": labels, "headings": ("base", "after"), "abreast": 2}
-    write_pictures(pictures, directory / "compare.png", **layout)
+    path = directory / "compare.png"
+    write_pictures(pictures, path, columns=2 * seeds, labels=labels, headings=("base", "after"), abreast=2)
     page = render(
         "compare.html.j2",
         title="Base and after, side by side",
         subtitle=names,
         rows=comparison.rows(),
-        picture=data_uri(directory / "compare.png"),
+        picture=data_uri(path),
     )
     atomic_write(directory / "compare.html", page)
 
