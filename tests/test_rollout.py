@@ -4,7 +4,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
 from burnish.policies import LoraConfig, Policy, load_policy
-from burnish.processes import CPS, DanceSDE, FlowSDE
+from burnish.processes import CPS, DPM2, DanceSDE, FlowSDE
 from burnish.rollout import sample
 from burnish.worlds.shapes import pipelines
 
@@ -140,6 +140,24 @@ def test_parts_are_views(policy, kind):
 def test_keeps_no_graph(policy, kind):
     rollout = sample(policy, PROMPTS, steps=2, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
     assert not any(t.requires_grad for t in (rollout.latents, rollout.trajectory, rollout.log_probs))
+
+
+def test_a_solver_of_second_order_is_told_the_step_before():
+    policy = build("flow")
+    flow, grid, told = policy.process, policy.grid(4), policy.encode(PROMPTS)
+    x, before = (
+        torch.stack([torch.randn(policy.latent_shape(), generator=torch.Generator().manual_seed(s)) for s in SEEDS]),
+        None,
+    )
+    for index in range(4):
+        with torch.no_grad():
+            v = policy.predict(x, grid.times[index], told)
+        x, before = (
+            flow.transition(grid, index, x, v, DPM2(), before).mean,
+            flow.predict_x0(x, v, grid.times[index]),
+        )
+    close(sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=DPM2()).latents, x)
+    assert not torch.allclose(sample(policy, PROMPTS, steps=4, seeds=SEEDS).latents, x, atol=1e-3)
 
 
 def test_a_trajectory_needs_noise(policy):

@@ -23,7 +23,7 @@ class RolloutConfig:
 
     steps: Annotated[int, Gt(0)] = 10  # denoising reduction: evaluation takes 40
     guidance: Annotated[float, Ge(0)] = 4.5  # in sampling and training alike; up to 1 there is none
-    sampler: Literal["sde", "dance", "cps", "ode"] = "sde"  # noise in the steps: see burnish.processes
+    sampler: Literal["sde", "dance", "cps", "ode", "dpm2"] = "sde"  # noise in the steps: see burnish.processes
     noise_level: Annotated[float, Ge(0)] = 0.7  # a of "sde" and "cps", eta of "dance" and of DDIM
     height: Annotated[int, Gt(0)] | None = None  # pixels; the pipeline's own size unless given
     width: Annotated[int, Gt(0)] | None = None
@@ -93,7 +93,7 @@ def sample(
         )
     process = policy.process
     sampler = process.deterministic if sampler is None else sampler
-    noisy = sampler != process.deterministic
+    noisy = process.has_noise(sampler)
     if keep == "trajectory" and not noisy:
         raise ValueError(f"{sampler!r} takes steps without noise, which have no log-probability: choose one with noise")
     grid = policy.grid(steps, height, width)
@@ -104,10 +104,12 @@ def sample(
         here = slice(start, start + (batch_size or len(prompts)))
         first, later = _noise(seeds[here], shape, grid.steps if noisy else 0)
         x, later, told = first.to(policy.device), later.to(policy.device), conditioning[here]
-        path, scores = [x], []
+        path, scores, x0 = [x], [], None
         for index in range(grid.steps):
             prediction = policy.predict(x, grid.times[index], told, guidance)
-            step = process.transition(grid, index, x, prediction, sampler)
+            step = process.transition(grid, index, x, prediction, sampler, x0)
+            if not noisy:  # a solver of higher order looks back
+                x0 = process.predict_x0(x, prediction, grid.times[index])
             x = step.sample(noise=later[:, index] if noisy else None)
             if keep == "trajectory":
                 path.append(x)

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.processes import CPS, ODE, DanceSDE, FlowSDE, RectifiedFlow, sqrt_one_minus_s
+from burnish.processes import CPS, DPM2, ODE, DanceSDE, FlowSDE, Grid, RectifiedFlow, sqrt_one_minus_s
 
 NOISY = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.7), CPS(0.7, log_prob="exact"), FlowSDE(sigma_fn=lambda s: s.sqrt())]
-ALL = [*NOISY, ODE()]
+ALL = [*NOISY, ODE(), DPM2()]
 
 # algorithms.md 5.1: s, std, dt, std sqrt(-dt), coefficient of x, coefficient of v
 SD35_TEN_STEPS = """
@@ -190,6 +190,75 @@ def test_bf16_comes_out_as_fp32(sampler):
     assert step.mean.dtype == step.sample().dtype == torch.float32
     exact = sampler.transition(x.double(), v.double(), torch.tensor([0.5, 0.25]), 0.125)
     torch.testing.assert_close(step.mean.double(), exact.mean, rtol=1e-6, atol=1e-6)  # no bf16 on the way
+
+
+def chain(process, sampler, grid, x, velocity):
+    """The latents after each step of a solver that looks back."""
+    x0, path = None, []
+    for index in range(grid.steps):
+        v = velocity(x, grid.times[index].item())
+        step = process.transition(grid, index, x, v, sampler, x0)
+        x0 = process.predict_x0(x, v, grid.times[index])
+        x = step.sample()
+        path.append(x)
+    return path
+
+
+def curved(x, s):
+    return torch.tanh(3 * x) * (1 - s) + x.roll(1, -1) * s
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # diffusers'
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
+def test_dpm2_is_diffusers_dpm_solver_multistep(steps, shift):
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift, lower_order_final=True
+    )
+    scheduler.set_timesteps(steps)
+    grid = Grid(scheduler.sigmas, scheduler.sigmas[1:])
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    path, stock = chain(RectifiedFlow(), DPM2(), grid, x, curved), x
+    for index in range(steps):
+        v = curved(stock, grid.times[index].item())
+        stock = scheduler.step(v, scheduler.timesteps[index], stock).prev_sample
+        torch.testing.assert_close(path[index], stock, rtol=1e-5, atol=1e-5)
+
+
+def test_dpm2_hand_derived():
+    # s .75, .5, .25: l = -1.0986, 0, 1.0986, so w = 1/2. x0 = 1 - .5 * 2 = 0, and 1 before it, so x0~ = -.5, and x goes
+    # half of the way from 1 to it: .25
+    x, v, before = (torch.full((1, 1), value, dtype=torch.float64) for value in (1.0, 2.0, 1.0))
+    step = RectifiedFlow().transition(RectifiedFlow().grid(4), 2, x, v, DPM2(), before)
+    assert step.mean.item() == pytest.approx(0.25, abs=1e-12)
+
+
+@given(LATENTS)
+def test_dpm2_begins_and_ends_with_euler(latents):
+    x, v = latents
+    process = RectifiedFlow()
+    grid = process.grid(4)
+    for index in (0, 1, 3):
+        euler = process.transition(grid, index, x, v, ODE())
+        assert torch.equal(process.transition(grid, index, x, v, DPM2(), v if index else None).mean, euler.mean)
+    assert not torch.equal(process.transition(grid, 2, x, v, DPM2(), v).mean, euler.mean)
+
+
+def test_dpm2_is_of_second_order():
+    # the probability flow of a point x0 ~ N(1.5, .4^2) has a closed form: x keeps its quantile
+    def velocity(x, s):
+        variance = (1 - s) ** 2 * 0.16 + s * s
+        return -1.5 + (s - (1 - s) * 0.16) / variance * (x - (1 - s) * 1.5)
+
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+
+    def error(sampler, steps):
+        path = chain(RectifiedFlow(), sampler, RectifiedFlow().grid(steps), x, velocity)
+        return (path[-1] - (1.5 + 0.4 * x)).abs().max().item()
+
+    assert error(DPM2(), 10) < error(ODE(), 40)
+    assert error(ODE(), 80) / error(ODE(), 160) == pytest.approx(2, rel=0.1)
+    assert error(DPM2(), 80) / error(DPM2(), 160) == pytest.approx(4, rel=0.25)
 
 
 # the toy of algorithms.md 0.4: x0 ~ N(1.5, .4^2), its exact velocity, antithetic starts so that few samples do

@@ -10,12 +10,13 @@ that Gaussian and a training pass scores the stored value with it: one function,
 
 from burnish.processes.gaussian import Gaussian
 from burnish.processes.rectified_flow import RectifiedFlow
-from burnish.processes.samplers import CPS, ODE, DanceSDE, FlowSDE, Sampler, sqrt_one_minus_s
+from burnish.processes.samplers import CPS, DPM2, ODE, DanceSDE, FlowSDE, Sampler, sqrt_one_minus_s
 from burnish.processes.times import Grid, Process
 from burnish.processes.variance_preserving import VariancePreserving
 
 __all__ = [
     "CPS",
+    "DPM2",
     "ODE",
     "DanceSDE",
     "FlowSDE",

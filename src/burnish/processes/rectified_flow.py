@@ -16,7 +16,7 @@ from torch import Tensor
 
 from burnish.errors import UserError
 from burnish.processes.gaussian import Gaussian
-from burnish.processes.samplers import CPS, ODE, DanceSDE, FlowSDE, Latent, Sampler
+from burnish.processes.samplers import CPS, DPM2, ODE, DanceSDE, FlowSDE, Latent, Sampler
 from burnish.processes.times import Grid, Index, Time, combine, on_host
 
 
@@ -67,13 +67,18 @@ class RectifiedFlow:
         return self.scheduler.sigmas
 
     def sampler(self, name: str, noise_level: float) -> Sampler:
-        """The sampler that settings name: "sde", "dance", "cps" (each with `noise_level`) or "ode"."""
+        """The sampler that settings name: "sde", "dance", "cps" (each with `noise_level`), "ode" or "dpm2"."""
         made: dict[str, Callable[[float], Sampler]] = {"sde": FlowSDE, "dance": DanceSDE, "cps": CPS}
-        if name == "ode":
-            return ODE()
+        without: dict[str, Sampler] = {"ode": ODE(), "dpm2": DPM2()}
+        if name in without:
+            return without[name]
         if name not in made:
-            raise ValueError(f"sampler={name!r} is not known: it must be sde, dance, cps or ode")
+            raise ValueError(f"sampler={name!r} is not known: it must be {', '.join([*made, *without])}")
         return made[name](noise_level)
+
+    def has_noise(self, sampler: Sampler) -> bool:
+        """Whether its steps have a density."""
+        return not isinstance(sampler, ODE) and sampler not in (FlowSDE(0.0), DanceSDE(0.0))
 
     def grid(self, steps: int, *, mu: float | None = None) -> Grid:
         sigmas = self.sigmas(steps, mu=mu)
@@ -108,6 +113,20 @@ class RectifiedFlow:
         """The step from s to s_next < s, see `samplers`. `s_max` is the grid's second time (default: s_next)."""
         return sampler.transition(x, v, s, s_next, s_max)
 
-    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: Sampler) -> Gaussian:
-        """Step number `index` of the grid: an int, or one for each sample, [batch]."""
-        return self.step(x, prediction, *grid.at(index), sampler)
+    def transition(
+        self,
+        grid: Grid,
+        index: Index,
+        x: Latent,
+        prediction: Latent,
+        sampler: Sampler,
+        x0_before: Latent | None = None,
+    ) -> Gaussian:
+        """Step number `index` of the grid: an int, or one for each sample, [batch].
+
+        `x0_before`: `predict_x0` of the step before, which DPM2 looks back at; None at a chain's first step.
+        """
+        s, s_next = grid.at(index)
+        if isinstance(sampler, DPM2) and x0_before is not None:
+            prediction = sampler.extrapolate(x, prediction, x0_before, grid.at(index - 1)[0], s, s_next)
+        return self.step(x, prediction, s, s_next, sampler)

@@ -154,8 +154,23 @@ class VariancePreserving:
         std = np.sqrt((1 - ab_next) / (1 - ab) * (1 - alpha))
         return Gaussian(self._mean(x, prediction, ab, of_x, of_x0, 0.0), as_std(std))
 
-    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: float) -> Gaussian:
-        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler` is eta."""
+    def has_noise(self, sampler: float) -> bool:
+        """Whether its steps have a density: eta > 0."""
+        return sampler > 0
+
+    def transition(
+        self,
+        grid: Grid,
+        index: Index,
+        x: Latent,
+        prediction: Latent,
+        sampler: float,
+        x0_before: Latent | None = None,
+    ) -> Gaussian:
+        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler` is eta.
+
+        DDIM does not look back: `x0_before` is there for solvers of a flow.
+        """
         return self.step(x, prediction, *grid.at(index), eta=sampler)
 
     def _mean(

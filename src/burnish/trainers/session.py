@@ -83,7 +83,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
     replay, sampler = row.replay(**config.replay), _sampler(policy, config)
-    if replay.keep == "trajectory" and (sampler == policy.process.deterministic or not config.rollout.noise_level):
+    if replay.keep == "trajectory" and not policy.process.has_noise(sampler):
         raise UserError(
             f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
             f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
