@@ -103,7 +103,7 @@ def test_sd35_recipes_are_as_published():
     assert grpo.replay == {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
     assert grpo.advantages == {"eps": 1e-4, "std": "global"}
     assert grpo.updates_per_round == 2
-    assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "ode")
+    assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "dpm2")
     assert nft.objective == {"beta": 1, "kl_weight": 1e-4, "advantage_clip": 5}
     assert nft.replay == {"times_per_sample": 10, "behaviour_rate": 0.001, "behaviour_max": 0.5}
 
