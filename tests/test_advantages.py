@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.advantages import group_relative, zero_std_fraction
+from burnish.advantages import group_relative, group_std
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 2.0, 30.0, 20.0], dtype=torch.float64)
 GROUPS = torch.tensor([7, 7, -2, 7, -2, -2])  # any integers, in any order
@@ -101,8 +101,12 @@ def test_half_precision_rewards_are_lifted():
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0]) * 0.5 / 0.5001)
 
 
-def test_fraction_of_groups_that_teach_nothing():
+def test_std_of_each_group():
     rewards = torch.tensor([1.0, 2.0, 1.0, 2.0, 5.0, 2.0])
-    assert zero_std_fraction(rewards, torch.tensor([0, 1, 0, 1, 2, 1])) == 1
-    assert zero_std_fraction(rewards, torch.tensor([0, 0, 1, 1, 2, 2])) == 0
-    assert zero_std_fraction(rewards, torch.tensor([0, 1, 0, 0, 2, 1])) == pytest.approx(2 / 3)
+    assert group_std(rewards, torch.tensor([0, 1, 0, 1, 2, 1])).tolist() == [0, 0, 0]
+    assert group_std(rewards, torch.tensor([0, 0, 1, 1, 2, 2])).tolist() == [0.5, 0.5, 1.5]
+    assert group_std(rewards, torch.tensor([7, 3, 7, 7, 4, 3])).tolist() == pytest.approx([0, 0, math.sqrt(2 / 9)])
+
+
+def test_equal_rewards_have_no_spread_however_they_round():
+    assert group_std(torch.full((7,), 1e4 / 3), torch.zeros(7, dtype=torch.long)).tolist() == [0]

@@ -15,7 +15,11 @@ from burnish.trainers import online
 ALGORITHMS = {
     # Full precision, and a clip that the second micro-batch does not meet: what differs is the order of sums.
     "flow_grpo": {"algorithm": "flow_grpo", "objective": {"clip": 0.02, "kl_weight": 0.02}},
-    "diffusion_nft": {"algorithm": "diffusion_nft", "replay": {"times_per_sample": 2, "behaviour_rate": 0.02}},
+    "diffusion_nft": {
+        "algorithm": "diffusion_nft",
+        "focus": 0.5,
+        "replay": {"times_per_sample": 2, "behaviour_rate": 0.02},
+    },
 }
 PROGRAM = """
 import sys

@@ -20,6 +20,22 @@ def group_relative(
     rewards of the round; both with divisor n (np.std). A group of equal rewards, or of one, gets advantages of 0.
     Reference: Liu et al. 2025, Flow-GRPO, https://arxiv.org/abs/2505.05470, Eq. 6; `flow_grpo/stat_tracking.py`.
     """
+    centred, variance, member = _by_group(rewards, groups)
+    if std == "global":
+        return centred / (rewards.to(centred.dtype).std(correction=0) + eps)
+    return centred / (variance.sqrt()[member] + eps)
+
+
+def group_std(rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]) -> Float[Tensor, " groups"]:
+    """Standard deviation (divisor n) of the rewards of each group, in the order of the group ids; 0 if all are equal.
+
+    A group without spread teaches nothing to a group-relative method.
+    """
+    return _by_group(rewards, groups)[1].sqrt()
+
+
+def _by_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards about their group's mean [batch], variances [groups], and which of the groups each is in [batch]."""
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     _, member = groups.unique(return_inverse=True)
     count = torch.bincount(member)
@@ -29,13 +45,4 @@ def group_relative(
     below_best = rewards - zeros.scatter_reduce(0, member, rewards, "amax", include_self=False)[member]
     mean = zeros.index_add(0, member, below_best) / count
     centred = below_best - mean[member]
-    if std == "global":
-        return centred / (rewards.std(correction=0) + eps)
-    variance = zeros.index_add(0, member, centred.square()) / count
-    return centred / (variance.sqrt()[member] + eps)
-
-
-def zero_std_fraction(rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]) -> float:
-    """Fraction of groups whose rewards are all equal: they teach a group-relative method nothing."""
-    values = [rewards[groups == group] for group in groups.unique()]
-    return sum(bool((value == value[0]).all()) for value in values) / len(values)
+    return centred, zeros.index_add(0, member, centred.square()) / count, member

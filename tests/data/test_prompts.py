@@ -125,8 +125,9 @@ def test_a_bad_package_source_gives_one_line(package, source, why):
 # --- the order of training -------------------------------------------------------------------------------------------
 
 
-def stream(count, per_round, seed=0):
-    return PromptStream([{"prompt": str(number)} for number in range(count)], seed=seed, per_round=per_round)
+def stream(count, per_round, seed=0, focus=0.0):
+    rows = [{"prompt": str(number)} for number in range(count)]
+    return PromptStream(rows, seed=seed, per_round=per_round, focus=focus)
 
 
 def drawn(prompts, rounds):
@@ -158,6 +159,69 @@ def test_epochs_and_seeds_differ():
     other = drawn(stream(50, 50, seed=1), [0])
     assert list(range(50)) != first != second
     assert first != other != second
+
+
+def teach(prompts, rounds, spread):
+    """Let the stream see rounds in which prompt number n has spread[n]."""
+    for index in rounds:
+        prompts.saw(index, [spread[int(row["prompt"])] for row in prompts.round(index)])
+    return prompts
+
+
+@given(st.integers(1, 30), st.integers(1, 10), st.floats(0, 0.99), st.integers(0, 100))
+def test_what_is_not_focused_comes_in_turn(count, per_round, focus, seed):
+    prompts = stream(count, per_round, seed, focus)
+    in_turn = per_round - int(per_round * focus)
+    assert 1 <= in_turn <= per_round
+    rounds = [drawn(teach(prompts, [index], [0.5] * count), [index]) for index in range(3 * count)]
+    assert {len(each) for each in rounds} == {per_round}
+    order = [number for each in rounds for number in each[:in_turn]]
+    assert order == drawn(stream(count, in_turn, seed), range(3 * count))
+    if count >= 2 * per_round:
+        assert all(len(set(each[in_turn:])) == len(each[in_turn:]) for each in rounds)
+        assert not any(set(each[:in_turn]) & set(each[in_turn:]) for each in rounds)
+
+
+def test_focus_follows_the_spread():
+    spread = [0.0] * 60 + [0.1] * 20 + [0.3] * 20
+    prompts = teach(stream(100, 20, focus=0.5), range(10), spread)  # ten epochs of ten: all were seen
+    focused = [number for index in range(10, 410) for number in drawn(prompts, [index])[10:]]
+    never, some, most = (sum(low <= n < high for n in focused) / 4000 for low, high in ((0, 60), (60, 80), (80, 100)))
+    assert never < 0.05
+    assert some + most > 0.95
+    assert 1.5 < most / some < 3.1  # three to one, less what comes twice, which no round has
+
+
+def test_an_unseen_prompt_may_be_the_best():
+    for spread in (0.0, 0.2):
+        prompts = teach(stream(100, 20, focus=0.5), [0], [0.0] * 99 + [spread])
+        seen = set(drawn(stream(100, 20, focus=0.5), [0]))
+        later = [number for index in range(1, 101) for number in drawn(prompts, [index])[10:]]
+        assert sum(number not in seen for number in later) > 0.95 * len(later)
+
+
+def test_half_of_what_was_seen_stays():
+    prompts = stream(2, 2)
+    teach(teach(teach(prompts, [0], [1.0, 0.0]), [1], [0.0, 0.0]), [2], [0.4, 0.0])
+    assert prompts.spread.tolist() == [pytest.approx(0.45), 0]
+
+
+def test_a_stream_goes_on_from_its_state():
+    first, second = stream(50, 8, focus=0.5), stream(50, 8, focus=0.5)
+    spread = [number / 50 for number in range(50)]
+    teach(first, range(20), spread)
+    second.load_state_dict(first.state_dict())
+    teach(first, range(20, 25), spread)
+    teach(second, range(20, 25), spread)
+    assert drawn(first, range(20, 30)) == drawn(second, range(20, 30)) != drawn(stream(50, 8, focus=0.5), range(20, 30))
+    with pytest.raises(UserError, match="trained on 50 prompts, and now there are 51"):
+        stream(51, 8).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("focus", [-0.1, 1.0])
+def test_a_focus_on_everything_is_refused(focus):
+    with pytest.raises(ValueError, match="some prompts have to come in turn"):
+        stream(3, 1, focus=focus)
 
 
 def test_metadata_comes_along():

@@ -38,7 +38,7 @@ while line := sys.stdin.readline():
 """
 ALGORITHMS = {
     "flow_grpo": "algorithm: flow_grpo\nobjective: {clip: 0.02}\nupdate: {ema_decay: 0.9, ema_every: 2}",
-    "diffusion_nft": "replay: {times_per_sample: 2, behaviour_rate: 0.02, behaviour_max: 0.3}",
+    "diffusion_nft": "focus: 0.5\nreplay: {times_per_sample: 2, behaviour_rate: 0.02, behaviour_max: 0.3}",
 }
 
 

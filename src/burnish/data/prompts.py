@@ -2,12 +2,13 @@
 
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from burnish.errors import UserError
 
@@ -84,22 +85,59 @@ def resolve(source: str | Path) -> Path:
 class PromptStream:
     """Which prompts a round trains on: epochs, each a fresh permutation of all prompts, cut into rounds.
 
-    A round is a function of (seed, index) alone, so a resumed run needs no stored position. Within an epoch no prompt
-    comes twice; a round in which one epoch ends and the next begins can hold a prompt of both.
+    Within an epoch no prompt comes twice; a round in which one epoch ends and the next begins can hold one of both.
+    `focus`: the share of a round that is drawn instead, in proportion to the spread of a prompt's rewards when it came
+    before. A prompt that is always right, or always wrong, teaches nothing to a method that compares the pictures of a
+    prompt. A round is a function of (seed, index), with `focus` also of what the stream has seen: `state_dict`.
+    Reference: Rutherford et al. 2024, https://arxiv.org/abs/2408.15099 (learnability: the variance of success; here its
+    root, in the reward's own unit).
     """
 
-    def __init__(self, prompts: Sequence[dict[str, Any]], *, seed: int, per_round: int) -> None:
+    def __init__(self, prompts: Sequence[dict[str, Any]], *, seed: int, per_round: int, focus: float = 0.0) -> None:
         if not prompts or per_round < 1:
             raise ValueError(f"{len(prompts)} prompts and per_round={per_round}: both must be at least 1")
-        self.prompts, self.seed, self.per_round = prompts, seed, per_round
+        if not 0 <= focus < 1:
+            raise ValueError(f"focus={focus} is outside [0, 1): some prompts have to come in turn")
+        self.prompts, self.seed = prompts, seed
+        self.drawn = int(per_round * focus)
+        self.in_turn = per_round - self.drawn
+        self.spread = np.full(len(prompts), np.nan)  # nan: not seen yet
 
     def round(self, index: int) -> list[dict[str, Any]]:
         """The `per_round` prompts of round `index`, which counts from 0."""
+        return [self.prompts[place] for place in self._places(index)]
+
+    def saw(self, index: int, spread: Sequence[float]) -> None:
+        """Learn the standard deviation of the rewards of each prompt of round `index`; half of the old value stays."""
+        for place, new in zip(self._places(index), spread, strict=True):
+            self.spread[place] = new if np.isnan(self.spread[place]) else (self.spread[place] + new) / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spread": torch.from_numpy(self.spread.copy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if len(state["spread"]) != len(self.prompts):
+            raise UserError(
+                f"the run was trained on {len(state['spread'])} prompts, and now there are {len(self.prompts)}: give "
+                "it the prompt file that it began with"
+            )
+        self.spread = state["spread"].numpy().copy()
+
+    def _places(self, index: int) -> list[int]:
         if index < 0:
             raise ValueError(f"round {index}: rounds count from 0")
         count = len(self.prompts)
-        places = range(index * self.per_round, (index + 1) * self.per_round)
-        return [self.prompts[_permutation(self.seed, place // count, count)[place % count]] for place in places]
+        turns = range(index * self.in_turn, (index + 1) * self.in_turn)
+        places = [int(_permutation(self.seed, turn // count, count)[turn % count]) for turn in turns]
+        if not self.drawn:
+            return places
+        others = np.setdiff1d(np.arange(count), places)
+        if few := len(others) < self.drawn:  # then a prompt may come twice
+            others = np.arange(count)
+        most = np.nanmax(self.spread, initial=0.0) or 1.0
+        hope = np.nan_to_num(self.spread[others], nan=most) + 0.01 * most  # an unseen prompt may be the best
+        generator = np.random.default_rng([self.seed, index, 1])
+        return places + generator.choice(others, self.drawn, replace=few, p=hope / hope.sum()).tolist()
 
 
 @lru_cache(maxsize=2)  # a round lies in one epoch or two, and rounds are asked for in order

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from burnish.advantages import group_relative, zero_std_fraction
+from burnish.advantages import group_relative, group_std
 from burnish.algorithms import ALGORITHMS
 from burnish.config import override
 from burnish.data import PromptStream
@@ -119,6 +119,8 @@ def one_round(session: Session) -> dict[str, float]:
     rewards, groups = session.everywhere(scores.total), session.everywhere(batch.groups)
     advantages = group_relative(rewards, groups, **config.advantages)
     mine = advantages.chunk(accelerator.num_processes)[accelerator.process_index]
+    spread = group_std(rewards, groups)
+    session.stream.saw(session.round, spread.tolist())
     clock.append(time.perf_counter())
     metrics = learn(session, rollout, mine)
     decay = session.replay.behaviour_decay(session.update.steps)
@@ -132,7 +134,7 @@ def one_round(session: Session) -> dict[str, float]:
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
         **{f"rewards/{name}/mean": part.mean().item() for name, part in parts.items()},
-        "frac_reward_zero_std": zero_std_fraction(rewards, groups),
+        "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "diversity/pixels": group_distance(session.everywhere(thumbnails(images)).cpu(), everyone).item(),
         "diversity/latents": group_distance(session.everywhere(thumbnails(rollout.latents)).cpu(), everyone).item(),
         **metrics,

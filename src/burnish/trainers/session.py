@@ -55,6 +55,7 @@ class Session:
             "round": self.round,
             "update": self.update.state_dict(),
             "behaviour": self.behaviour,
+            "prompts": self.stream.state_dict(),
             "rng": checkpoint.rng_state(),
         }
 
@@ -62,6 +63,7 @@ class Session:
         self.round = state["round"]
         self.update.load_state_dict(state["update"])
         self.behaviour = {name: tensor.to(self.accelerator.device) for name, tensor in state["behaviour"].items()}
+        self.stream.load_state_dict(state["prompts"])
         checkpoint.restore_rng_state(state["rng"])
 
 
@@ -98,7 +100,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         objective=partial(row.objective, **config.objective),
         update=Update(accelerator, policy.trainable(), config.update, config.rounds * config.updates_per_round),
         behaviour={name: parameter.detach().clone() for name, parameter in policy.trainable().items()},
-        stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round),
+        stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round, focus=config.focus),
         held_out=held_out,
         detector=detector,
         run=Run(config.output_dir, writes=accelerator.is_main_process),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
@@ -41,6 +41,7 @@ class OnlineConfig:
     output_dir: str
     seed: int = 0
     prompts_per_round: Annotated[int, Gt(0)] = 48
+    focus: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of them drawn by the spread of their rewards; 0: epochs only
     num_generations: Annotated[int, Gt(1)] = 24  # pictures of each prompt; its group
     updates_per_round: Annotated[int, Gt(0)] = 2
     batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
