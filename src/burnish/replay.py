@@ -101,12 +101,10 @@ class ForwardProcess:
     """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
 
     `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting).
-    `timestep_fraction`: only from the first int(steps * fraction) levels of the grid, the noisiest.
     The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
     """
 
     times_per_sample: Annotated[int, Gt(0)] = 10  # NVlabs/DiffusionNFT trains on each of its 10 sampling times
-    timestep_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     behaviour_rate: float = 0.001  # config/nft.py, decay_type 1
     behaviour_max: Annotated[float, Le(1)] = 0.5  # config/nft.py, decay_type 1
 
@@ -126,8 +124,7 @@ class ForwardProcess:
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        noisiest = max(1, int(rollout.grid.steps * self.timestep_fraction))
-        x0, times = rollout.latents, rollout.grid.times[:noisiest]
+        x0, times = rollout.latents, rollout.grid.times[: rollout.grid.steps]
         levels, noises = zip(*(self._draws(seed, len(times), x0.shape[1:]) for seed in rollout.seeds), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(x0.device)
         wants_reference = bool(_setting(objective, "kl_weight"))
