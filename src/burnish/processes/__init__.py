@@ -1,8 +1,8 @@
 """The maths of noising and of one reverse step: no network, no files, torch only.
 
-    process          time                            sampler                        one reverse step
-    VariancePreserving  integer t, T - 1 (noise) .. 0   eta: a float, 0 deterministic  DDIM with variance, DDPM
-    RectifiedFlow       s, 1 (noise) .. 0 (data)        FlowSDE, DanceSDE, CPS, ODE    Euler(-Maruyama)
+    process             time                            sampler                            one reverse step
+    VariancePreserving  integer t, T - 1 (noise) .. 0   eta: a float, 0 deterministic      DDIM with variance, DDPM
+    RectifiedFlow       s, 1 (noise) .. 0 (data)        FlowSDE, DanceSDE, CPS; ODE, DPM2  Euler(-Maruyama)
 
 Both give a `Grid` of times and a `transition(grid, index, x, prediction, sampler) -> Gaussian`. A rollout samples from
 that Gaussian and a training pass scores the stored value with it: one function, so that the ratio starts at exactly 1.
