@@ -94,6 +94,7 @@ def sample(
     process = policy.process
     sampler = process.deterministic if sampler is None else sampler
     noisy = process.has_noise(sampler)
+    look_back = getattr(sampler, "look_back", None)  # of a solver of higher order
     if keep == "trajectory" and not noisy:
         raise ValueError(f"{sampler!r} takes steps without noise, which have no log-probability: choose one with noise")
     grid = policy.grid(steps, height, width)
@@ -107,9 +108,9 @@ def sample(
         path, scores, x0 = [x], [], None
         for index in range(grid.steps):
             prediction = policy.predict(x, grid.times[index], told, guidance)
-            step = process.transition(grid, index, x, prediction, sampler, x0)
-            if not noisy:  # a solver of higher order looks back
-                x0 = process.predict_x0(x, prediction, grid.times[index])
+            if look_back:
+                prediction, x0 = look_back(grid, index, x, prediction, x0)
+            step = process.transition(grid, index, x, prediction, sampler)
             x = step.sample(noise=later[:, index] if noisy else None)
             if keep == "trajectory":
                 path.append(x)

@@ -197,9 +197,9 @@ def chain(process, sampler, grid, x, velocity):
     x0, path = None, []
     for index in range(grid.steps):
         v = velocity(x, grid.times[index].item())
-        step = process.transition(grid, index, x, v, sampler, x0)
-        x0 = process.predict_x0(x, v, grid.times[index])
-        x = step.sample()
+        if isinstance(sampler, DPM2):
+            v, x0 = sampler.look_back(grid, index, x, v, x0)
+        x = process.transition(grid, index, x, v, sampler).sample()
         path.append(x)
     return path
 
@@ -229,7 +229,10 @@ def test_dpm2_hand_derived():
     # s .75, .5, .25: l = -1.0986, 0, 1.0986, so w = 1/2. x0 = 1 - .5 * 2 = 0, and 1 before it, so x0~ = -.5, and x goes
     # half of the way from 1 to it: .25
     x, v, before = (torch.full((1, 1), value, dtype=torch.float64) for value in (1.0, 2.0, 1.0))
-    step = RectifiedFlow().transition(RectifiedFlow().grid(4), 2, x, v, DPM2(), before)
+    grid = RectifiedFlow().grid(4)
+    towards, x0 = DPM2().look_back(grid, 2, x, v, before)
+    assert x0.item() == pytest.approx(0, abs=1e-12)
+    step = RectifiedFlow().transition(grid, 2, x, towards, DPM2())
     assert step.mean.item() == pytest.approx(0.25, abs=1e-12)
 
 
@@ -238,10 +241,11 @@ def test_dpm2_begins_and_ends_with_euler(latents):
     x, v = latents
     process = RectifiedFlow()
     grid = process.grid(4)
-    for index in (0, 1, 3):
-        euler = process.transition(grid, index, x, v, ODE())
-        assert torch.equal(process.transition(grid, index, x, v, DPM2(), v if index else None).mean, euler.mean)
-    assert not torch.equal(process.transition(grid, 2, x, v, DPM2(), v).mean, euler.mean)
+    for index in range(4):
+        towards, x0 = DPM2().look_back(grid, index, x, v, v if index else None)
+        assert torch.equal(x0, process.predict_x0(x, v, grid.times[index]))
+        euler, second = (process.transition(grid, index, x, u, s).mean for u, s in ((v, ODE()), (towards, DPM2())))
+        assert torch.equal(second, euler) == (index != 2)
 
 
 def test_dpm2_is_of_second_order():

@@ -113,20 +113,6 @@ class RectifiedFlow:
         """The step from s to s_next < s, see `samplers`. `s_max` is the grid's second time (default: s_next)."""
         return sampler.transition(x, v, s, s_next, s_max)
 
-    def transition(
-        self,
-        grid: Grid,
-        index: Index,
-        x: Latent,
-        prediction: Latent,
-        sampler: Sampler,
-        x0_before: Latent | None = None,
-    ) -> Gaussian:
-        """Step number `index` of the grid: an int, or one for each sample, [batch].
-
-        `x0_before`: `predict_x0` of the step before, which DPM2 looks back at; None at a chain's first step.
-        """
-        s, s_next = grid.at(index)
-        if isinstance(sampler, DPM2) and x0_before is not None:
-            prediction = sampler.extrapolate(x, prediction, x0_before, grid.at(index - 1)[0], s, s_next)
-        return self.step(x, prediction, s, s_next, sampler)
+    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: Sampler) -> Gaussian:
+        """Step number `index` of the grid: an int, or one for each sample, [batch]."""
+        return self.step(x, prediction, *grid.at(index), sampler)

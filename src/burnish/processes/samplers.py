@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from burnish.processes.gaussian import Gaussian
-from burnish.processes.times import Host, Time, as_std, combine, on_host
+from burnish.processes.times import Grid, Host, Time, as_std, combine, on_host
 
 Latent = Float[Tensor, "batch *latent"]
 
@@ -128,17 +128,19 @@ class DPM2(ODE):
     flow_grpo/diffusers_patch/solver.py ("dpm2"), what DiffusionNFT samples with.
     """
 
-    def extrapolate(self, x: Latent, v: Latent, x0_before: Latent, s_before: Time, s: Time, s_next: Time) -> Latent:
-        """The velocity x - x0~ over s, [batch, *latent]."""
-        before, start, end = on_host(s_before), on_host(s), on_host(s_next)
-        euler = (before >= 1 - TOLERANCE) | (end <= 0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            weight = np.where(
-                euler, 0.0, (_log_ratio(end) - _log_ratio(start)) / (_log_ratio(start) - _log_ratio(before))
-            )
-        weight = weight[()] / 2
-        pull = weight / start  # v - w (x0 - x0_before) / s, with x0 = x - s v
-        return combine(combine(x, -pull, v, 1 + weight), 1.0, x0_before, pull)
+    def look_back(
+        self, grid: Grid, index: int, x: Latent, v: Latent, x0_before: Latent | None
+    ) -> tuple[Latent, Latent]:
+        """The velocity towards x0~, to step with, and this step's x0, to hand to the next; None at the first step."""
+        s, s_next = map(on_host, grid.at(index))
+        x0 = combine(x, 1.0, v, -s)
+        if x0_before is None:
+            return v, x0
+        s_before = on_host(grid.at(index - 1)[0])
+        if s_before >= 1 - TOLERANCE or s_next <= 0:
+            return v, x0
+        pull = (_log_ratio(s_next) - _log_ratio(s)) / (_log_ratio(s) - _log_ratio(s_before)) / 2 / s
+        return combine(v, 1.0, combine(x0, 1.0, x0_before, -1.0), -pull), x0
 
 
 Sampler = FlowSDE | DanceSDE | CPS | ODE | DPM2

@@ -158,19 +158,8 @@ class VariancePreserving:
         """Whether its steps have a density: eta > 0."""
         return sampler > 0
 
-    def transition(
-        self,
-        grid: Grid,
-        index: Index,
-        x: Latent,
-        prediction: Latent,
-        sampler: float,
-        x0_before: Latent | None = None,
-    ) -> Gaussian:
-        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler` is eta.
-
-        DDIM does not look back: `x0_before` is there for solvers of a flow.
-        """
+    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: float) -> Gaussian:
+        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler` is eta."""
         return self.step(x, prediction, *grid.at(index), eta=sampler)
 
     def _mean(
