@@ -23,17 +23,35 @@ ALGORITHMS = {
 }
 PROGRAM = """
 import sys
+from pathlib import Path
 from accelerate import PartialState
 from burnish.trainers import online
 for recipe in sys.argv[1:]:
-    online.train(online.load(recipe))
+    config = online.load(recipe)
+    try:
+        online.train(config)
+    except SystemExit as stop:
+        assert stop.code == 143
+        online.resume(Path(config.output_dir))
     assert PartialState().num_processes == 2
+"""
+# The reward of `tiny_recipe`, in the first round of which the second process alone is told to stop.
+STOPPING = """
+import os, signal
+from pathlib import Path
+from accelerate import PartialState
+TOLD = Path(__file__).with_suffix(".told")
+def red(images, prompts, metadata):
+    if PartialState().process_index == 1 and not TOLD.exists():
+        TOLD.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_recipe, tmp_path_factory) -> Path:
-    """`one/<algorithm>` and `two/<algorithm>`: the same recipes, by one process and by two."""
+    """`one/<algorithm>` and `two/<algorithm>`: the same recipes, by one process and by two; `two/stopped`: on the way."""
     folder = tmp_path_factory.mktemp("processes")
     for name, settings in ALGORITHMS.items():
         # The adapter starts at zero: larger steps make a difference show. AdamW divides by |g|, so a gradient that is
@@ -43,6 +61,9 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
         for count in ("one", "two"):
             recipe.output_dir = str(folder / count / name)
             OmegaConf.save(recipe, folder / f"{count}-{name}.yaml")
+    (folder / "stopping.py").write_text(STOPPING)
+    recipe.reward, recipe.output_dir = f"{folder / 'stopping.py'}:red", str(folder / "two/stopped")
+    OmegaConf.save(recipe, folder / "two-stopped.yaml")
     for name in ALGORITHMS:
         online.train(online.load(folder / f"one-{name}.yaml"))
     program = folder / "train.py"
@@ -51,7 +72,7 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", program]
     done = subprocess.run(
-        [sys.executable, *launch, *(folder / f"two-{name}.yaml" for name in ALGORITHMS)],
+        [sys.executable, *launch, *(folder / f"two-{name}.yaml" for name in (*ALGORITHMS, "stopped"))],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -59,7 +80,8 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("round 1/2") == len(ALGORITHMS)  # only the first process speaks
+    assert done.stdout.count("round 2/2  reward") == len(ALGORITHMS) + 1  # only the first process speaks
+    assert done.stdout.count("stopped after round 1") == 1
     return folder
 
 
@@ -84,3 +106,10 @@ def test_every_metric_is_the_same(runs, name):
             if not key.startswith("seconds/"):
                 assert right[key] == pytest.approx(left[key], rel=1e-5, abs=1e-5), key
     assert len(one[1]) > 10
+
+
+def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterrupted_one(runs):
+    whole, stopped = (runs / "two" / name for name in (list(ALGORITHMS)[-1], "stopped"))
+    adapter = "adapter/pytorch_lora_weights.safetensors"
+    assert (stopped / adapter).read_bytes() == (whole / adapter).read_bytes()
+    assert [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
