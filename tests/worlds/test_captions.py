@@ -72,7 +72,7 @@ def test_what_is_held_out_is_seen_in_parts():
     assert {word for prompt in BASE for word in prompt["prompt"].split()} == set(captions.vocabulary())
     assert {pair[0] for pair in captions.UNSEEN_PAIRS} <= set(COLORS)
     assert {pair[1] for pair in captions.UNSEEN_PAIRS} == set(SHAPES)
-    shipped = captions.selection(192, "base", "post")
+    shipped = captions.selection(captions.TRAIN_EACH, "base", "post")
     for color, shape in captions.UNSEEN_PAIRS:
         asking = [p for p in shipped if any((c.get("color"), c["class"]) == (color, shape) for c in p["include"])]
         assert {p["tag"] for p in asking} == {"counting", "color_attr"}
@@ -117,7 +117,7 @@ def test_one_token_a_word_and_every_prompt_fits():
 
 
 def test_selection_is_even_and_without_repetition():
-    for splits, each in ((("base", "post"), 192), (("held_out",), 24)):
+    for splits, each in ((("base", "post"), captions.TRAIN_EACH), (("held_out",), captions.HELD_OUT_EACH)):
         chosen = captions.selection(each, *splits)
         assert all(p["split"] in splits for p in chosen)
         assert len({p["prompt"] for p in chosen}) == len(chosen)
@@ -128,7 +128,7 @@ def test_selection_is_even_and_without_repetition():
 
 def test_the_shipped_files_are_the_selection(tmp_path):
     captions.write(tmp_path)
-    for name, splits, each in (("train", ("base", "post"), 192), ("held_out", ("held_out",), 24)):
+    for name, splits, each in (("train", ("base", "post"), captions.TRAIN_EACH), ("held_out", ("held_out",), captions.HELD_OUT_EACH)):
         shipped = Path(captions.__file__).parent / "prompts" / f"{name}.jsonl"
         assert shipped.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
         rows = load_prompts(f"package:burnish.worlds.shapes/prompts/{name}.jsonl")

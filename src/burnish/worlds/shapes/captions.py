@@ -31,6 +31,8 @@ KINDS = ("single_object", "two_object", "counting", "colors", "position", "color
 OPENINGS = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
+TRAIN_EACH = 320  # prompts of a kind in `train.jsonl`, at most: of color_attr nearly every body, in any opening
+HELD_OUT_EACH = 24
 NOT_A_SHAPE = "blob"  # the class the verifier gives to what it cannot name
 
 UNSEEN_PAIRS = {("yellow", "circle"), ("blue", "square"), ("red", "triangle"), ("green", "cross")}
@@ -115,7 +117,11 @@ def selection(each: int, *splits: Split) -> list[dict]:
 
 def write(directory: Path) -> None:
     """The prompt files that recipes name: `train.jsonl` to train on, `held_out.jsonl` to evaluate on."""
-    for name, chosen in (("train", selection(192, "base", "post")), ("held_out", selection(24, "held_out"))):
+    chosen_for = {
+        "train": selection(TRAIN_EACH, "base", "post"),
+        "held_out": selection(HELD_OUT_EACH, "held_out"),
+    }
+    for name, chosen in chosen_for.items():
         rows = [json.dumps({key: value for key, value in p.items() if key != "split"}) for p in chosen]
         (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
