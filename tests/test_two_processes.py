@@ -51,7 +51,10 @@ def red(images, prompts, metadata):
 
 @pytest.fixture(scope="module")
 def runs(tiny_recipe, tmp_path_factory) -> Path:
-    """`one/<algorithm>` and `two/<algorithm>`: the same recipes, by one process and by two; `two/stopped`: on the way."""
+    """`one/<algorithm>` and `two/<algorithm>`: the same recipes, by one process and by two.
+
+    `two/stopped`: the last recipe, stopped on its way and resumed.
+    """
     folder = tmp_path_factory.mktemp("processes")
     for name, settings in ALGORITHMS.items():
         # The adapter starts at zero: larger steps make a difference show. AdamW divides by |g|, so a gradient that is

@@ -10,6 +10,7 @@ from burnish.worlds.shapes.pipelines import MAX_TOKENS, build_tokenizer
 from burnish.worlds.shapes.scenes import COLORS, SHAPES
 
 ALL = list(captions.prompts())
+FILES = {"train": (("base", "post"), captions.TRAIN_EACH), "held_out": (("held_out",), captions.HELD_OUT_EACH)}
 BASE, POST, HELD_OUT = ([p for p in ALL if p["split"] == split] for split in ("base", "post", "held_out"))
 
 
@@ -117,7 +118,7 @@ def test_one_token_a_word_and_every_prompt_fits():
 
 
 def test_selection_is_even_and_without_repetition():
-    for splits, each in ((("base", "post"), captions.TRAIN_EACH), (("held_out",), captions.HELD_OUT_EACH)):
+    for splits, each in FILES.values():
         chosen = captions.selection(each, *splits)
         assert all(p["split"] in splits for p in chosen)
         assert len({p["prompt"] for p in chosen}) == len(chosen)
@@ -128,7 +129,7 @@ def test_selection_is_even_and_without_repetition():
 
 def test_the_shipped_files_are_the_selection(tmp_path):
     captions.write(tmp_path)
-    for name, splits, each in (("train", ("base", "post"), captions.TRAIN_EACH), ("held_out", ("held_out",), captions.HELD_OUT_EACH)):
+    for name, (splits, each) in FILES.items():
         shipped = Path(captions.__file__).parent / "prompts" / f"{name}.jsonl"
         assert shipped.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
         rows = load_prompts(f"package:burnish.worlds.shapes/prompts/{name}.jsonl")
