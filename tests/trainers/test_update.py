@@ -76,6 +76,7 @@ def test_warm_up_is_linear_and_counts_optimiser_steps():
     [
         ("constant", [0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]),
         ("linear", [0.2, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]),
+        ("trapezoid", [0.2, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.25]),  # 1/8 is left, and it falls over the last 1/5
         # .2 (1 + cos(pi n / 8)); the first step is half of it by warm-up
         ("cosine", [0.2, 0.384776, 0.341421, 0.276537, 0.2, 0.123463, 0.058579, 0.015224]),
     ],

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+TRAPEZOID_FALL = 0.2  # part of a run, its last, over which this schedule falls; Haegele et al. 2024, arXiv 2405.18392
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
@@ -21,14 +23,19 @@ class UpdateConfig:
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     warmup_steps: Annotated[int, Ge(0)] = 0  # optimiser steps over which the learning rate rises linearly
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how it falls, to 0 at the end of the run
+    schedule: Literal["constant", "linear", "cosine", "trapezoid"] = "constant"  # how it falls, to 0 at the run's end
     ema_decay: Annotated[float, Ge(0)] = 0.9  # of the weights that are evaluated and saved; 0: the last weights
     ema_every: Annotated[int, Gt(0)] = 8  # optimiser steps between two averagings
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of optimiser step `step`, counted from 0, of `total`."""
         left = max(0.0, 1 - step / total)
-        fallen = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[self.schedule]
+        fallen = {
+            "constant": 1.0,
+            "linear": left,
+            "cosine": 0.5 - 0.5 * math.cos(math.pi * left),
+            "trapezoid": min(1.0, left / TRAPEZOID_FALL),
+        }[self.schedule]
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * fallen
 
 
