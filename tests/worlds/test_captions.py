@@ -10,7 +10,6 @@ from burnish.worlds.shapes.pipelines import MAX_TOKENS, build_tokenizer
 from burnish.worlds.shapes.scenes import COLORS, SHAPES
 
 ALL = list(captions.prompts())
-FILES = {"train": (("base", "post"), captions.TRAIN_EACH), "held_out": (("held_out",), captions.HELD_OUT_EACH)}
 BASE, POST, HELD_OUT = ([p for p in ALL if p["split"] == split] for split in ("base", "post", "held_out"))
 
 
@@ -73,7 +72,7 @@ def test_what_is_held_out_is_seen_in_parts():
     assert {word for prompt in BASE for word in prompt["prompt"].split()} == set(captions.vocabulary())
     assert {pair[0] for pair in captions.UNSEEN_PAIRS} <= set(COLORS)
     assert {pair[1] for pair in captions.UNSEEN_PAIRS} == set(SHAPES)
-    shipped = captions.selection(captions.TRAIN_EACH, "base", "post")
+    shipped = captions.selection(captions.FILES["train"][0], "base", "post")
     for color, shape in captions.UNSEEN_PAIRS:
         asking = [p for p in shipped if any((c.get("color"), c["class"]) == (color, shape) for c in p["include"])]
         assert {p["tag"] for p in asking} == {"counting", "color_attr"}
@@ -118,7 +117,7 @@ def test_one_token_a_word_and_every_prompt_fits():
 
 
 def test_selection_is_even_and_without_repetition():
-    for splits, each in FILES.values():
+    for each, splits in captions.FILES.values():
         chosen = captions.selection(each, *splits)
         assert all(p["split"] in splits for p in chosen)
         assert len({p["prompt"] for p in chosen}) == len(chosen)
@@ -129,7 +128,7 @@ def test_selection_is_even_and_without_repetition():
 
 def test_the_shipped_files_are_the_selection(tmp_path):
     captions.write(tmp_path)
-    for name, (splits, each) in FILES.items():
+    for name, (each, splits) in captions.FILES.items():
         shipped = Path(captions.__file__).parent / "prompts" / f"{name}.jsonl"
         assert shipped.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
         rows = load_prompts(f"package:burnish.worlds.shapes/prompts/{name}.jsonl")
