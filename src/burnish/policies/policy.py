@@ -86,7 +86,9 @@ class Policy(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights (of all, when none is frozen), in which the network is fed."""
-        return min(self.module.parameters(), key=lambda parameter: parameter.requires_grad).dtype
+        # Stops at the first frozen one: this is asked at every network call, and a walk over all weights costs 1.6 ms.
+        frozen = (parameter for parameter in self.module.parameters() if not parameter.requires_grad)
+        return next(frozen, next(self.module.parameters())).dtype
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
@@ -174,15 +176,15 @@ class Policy(ABC):
 
         The parameters' own storage is put back afterwards, untouched, so a graph built before stays valid.
         """
-        own = {name: parameter.data for name, parameter in self.trainable().items()}
-        for name, parameter in self.trainable().items():
+        own = [(name, parameter, parameter.data) for name, parameter in self.trainable().items()]
+        for name, parameter, _ in own:
             parameter.data = tensors[name].to(parameter.device, parameter.dtype)
         try:
             with torch.no_grad():
                 yield
         finally:
-            for name, parameter in self.trainable().items():
-                parameter.data = own[name]
+            for _, parameter, data in own:
+                parameter.data = data
 
     def add_lora(self, config: LoraConfig) -> None:
         """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable.
