@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.advantages import group_relative, group_std
+from burnish.advantages import PerPromptTracker, group_relative, group_std
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 2.0, 30.0, 20.0], dtype=torch.float64)
 GROUPS = torch.tensor([7, 7, -2, 7, -2, -2])  # any integers, in any order
@@ -110,3 +111,39 @@ def test_std_of_each_group():
 
 def test_equal_rewards_have_no_spread_however_they_round():
     assert group_std(torch.full((7,), 1e4 / 3), torch.zeros(7, dtype=torch.long)).tolist() == [0]
+
+
+# PerPromptTracker -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_measured_against_its_own_past():
+    tracker = PerPromptTracker(buffer_size=4, min_count=2)
+    # Round 1: one reward each, so the round's mean 3 and std 2 count: (1 - 3) / 2, (5 - 3) / 2.
+    first = tracker.update(["a", "b"], torch.tensor([1.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(first, torch.tensor([-1.0, 1.0], dtype=torch.float64) * 2 / (2 + 1e-6))
+    # Round 2: a has 1, 3 (mean 2, std 1), b has 5, 5 (std 0): advantages 1 and 0.
+    second = tracker.update(["a", "b"], torch.tensor([3.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(second, torch.tensor([1 / (1 + 1e-6), 0.0], dtype=torch.float64))
+
+
+def test_old_rewards_fall_out_of_the_buffer():
+    tracker = PerPromptTracker(buffer_size=2, min_count=2)
+    tracker.update(["a", "a"], torch.tensor([100.0, 100.0]))
+    torch.testing.assert_close(tracker.update(["a", "a"], torch.tensor([0.0, 2.0])), torch.tensor([-1.0, 1.0]))
+
+
+def test_a_tracker_resumes_from_its_state():
+    rewards = torch.randn(3, 6)
+    whole, before, after = (PerPromptTracker(8, 4) for _ in range(3))
+    prompts = ["a", "b", "a", "b", "a", "c"]
+    for row in rewards[:2]:
+        whole.update(prompts, row), before.update(prompts, row)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert torch.equal(whole.update(prompts, rewards[2]), after.update(prompts, rewards[2]))
+
+
+def test_a_tracker_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="min_count=4 and buffer_size=2"):
+        PerPromptTracker(2, 4)
+    with pytest.raises(ValueError, match="1 prompts for 2 rewards"):
+        PerPromptTracker(2, 1).update(["a"], torch.zeros(2))

@@ -1,6 +1,8 @@
 """From the rewards of a round to advantages: what a sample's reward says against its peers'."""
 
-from typing import Literal
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +26,48 @@ def group_relative(
     if std == "global":
         return centred / (rewards.to(centred.dtype).std(correction=0) + eps)
     return centred / (variance.sqrt()[member] + eps)
+
+
+class PerPromptTracker:
+    r"""DDPO's advantages: a reward against the last rewards of its own prompt, kept from round to round.
+
+    `update(prompts, rewards)` adds the rewards of a round and gives (reward - mean) / (std + 1e-6), std with divisor n:
+    of the prompt's last `buffer_size` rewards (these among them) where there are at least `min_count`, otherwise of the
+    round. For prompts that come with few samples a round; in a run of several processes give it the gathered rewards.
+    Reference: kvablack/ddpo-pytorch `ddpo_pytorch/stat_tracking.py`, config/dgx.py.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int = 32,  # aesthetic and alignment; 16 for (in)compressibility
+        min_count: int = 16,
+    ) -> None:
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(f"min_count={min_count} and buffer_size={buffer_size}: it needs 1 <= min_count <= size")
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self.kept: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=buffer_size))
+
+    def update(self, prompts: Sequence[str], rewards: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Advantages [batch] of the round, fp32 at least."""
+        if len(prompts) != len(rewards):
+            raise ValueError(f"{len(prompts)} prompts for {len(rewards)} rewards: give one for each")
+        values = rewards.double().cpu()
+        for prompt, value in zip(prompts, values.tolist(), strict=True):
+            self.kept[prompt].append(value)
+        advantages = torch.empty_like(values)
+        for place, prompt in enumerate(prompts):
+            known = self.kept[prompt]
+            peers = values if len(known) < self.min_count else torch.tensor(known, dtype=torch.float64)
+            advantages[place] = (values[place] - peers.mean()) / (peers.std(correction=0) + 1e-6)
+        return advantages.to(rewards.device, torch.promote_types(rewards.dtype, torch.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": {prompt: list(rewards) for prompt, rewards in self.kept.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kept.clear()
+        for prompt, rewards in state["kept"].items():
+            self.kept[prompt].extend(rewards)
 
 
 def group_std(rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]) -> Float[Tensor, " groups"]:
