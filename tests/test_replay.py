@@ -138,6 +138,63 @@ def test_detaching_the_unconditional_branch_is_an_option_and_the_default(flow):
     assert not torch.allclose(gradient(), gradient(detach_unconditional=False), rtol=1e-2, atol=0)
 
 
+def test_an_objective_is_handed_what_its_arguments_name(flow):
+    def objective(std, dt, noise_weight, old_kl, advantages, log_prob):
+        seen.append((std, dt, noise_weight, old_kl))
+        assert advantages is ADVANTAGES
+        return log_prob.mean(), {}
+
+    seen: list = []
+    with flow.weights(weights_of(flow)):
+        rollout = rollout_of(flow, 5, "trajectory")
+    list(StoredTransitions(timestep_fraction=0.7).losses(flow, rollout, ADVANTAGES, {}, objective))
+    grid = rollout.grid
+    for index, (std, dt, _, old_kl) in enumerate(seen):
+        s, length = float(grid.times[index]), float(grid.times[index] - grid.times[index + 1])
+        g = 0.7 * (s / (1 - (s if index else float(grid.times[1])))) ** 0.5  # FlowSDE, its s_max at s = 1
+        torch.testing.assert_close(std, torch.full((3,), g * length**0.5))
+        torch.testing.assert_close(dt, torch.full((3,), -length))
+        assert (old_kl == 0).all()  # the policy is the one that sampled
+    torch.testing.assert_close(sum(weight for _, _, weight, _ in seen), torch.full((3,), 3.0))
+    torch.testing.assert_close(seen[0][2] / seen[2][2], seen[0][0] / seen[2][0])
+    moved, apart = {name: tensor + 0.05 for name, tensor in weights_of(flow).items()}, list(seen)
+    seen.clear()
+    with flow.weights(moved):
+        list(StoredTransitions(timestep_fraction=0.7).losses(flow, rollout, ADVANTAGES, {}, objective))
+    assert all((old_kl > 0).all() for *_, old_kl in seen)
+    assert len(apart) == len(seen)
+
+
+def test_nothing_is_computed_that_no_argument_names(flow, monkeypatch):
+    rollout, calls = rollout_of(flow, 3, "trajectory"), []
+    forward = flow._forward
+    monkeypatch.setattr(flow, "_forward", lambda *a: calls.append(None) or forward(*a))
+    list(StoredTransitions().losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)))
+    assert len(calls) == 2  # a step each
+    list(StoredTransitions().losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.1)))
+    assert len(calls) == 2 + 4  # and one of the reference
+    calls.clear()
+    list(
+        ForwardProcess(times_per_sample=2).losses(
+            flow, rollout, ADVANTAGES, weights_of(flow), lambda error: (error, {})
+        )
+    )
+    assert len(calls) == 2
+
+
+def test_the_error_is_the_training_loss_of_the_network(flow):
+    rollout = rollout_of(flow, 3, "final")
+    recorder = replayed(flow, rollout, 3)
+    errors = [e for e, _ in ForwardProcess(times_per_sample=3).losses(
+        flow, rollout, ADVANTAGES, weights_of(flow), lambda error: (error, {}))]  # fmt: skip
+    for call, error in zip(recorder.calls, errors, strict=True):
+        s = call["s"].view(-1, 1, 1, 1)
+        velocity = (call["x"] - call["x0"]) / s
+        torch.testing.assert_close(
+            error, (velocity - call["prediction"]).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5
+        )
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
@@ -190,8 +247,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[dict[str, torch.Tensor | None]] = []
 
-    def __call__(self, prediction, old, reference, x, s, x0, advantages, *, kl_weight=0.0):
-        self.calls.append({"prediction": prediction, "old": old, "reference": reference, "x": x, "s": s, "x0": x0})
+    def __call__(self, prediction, old_prediction, reference_prediction, x, s, x0, *, kl_weight=0.0):
+        given = {"old": old_prediction, "reference": reference_prediction, "x": x, "s": s, "x0": x0}
+        self.calls.append({"prediction": prediction, **given})
         return prediction.sum(), {}
 
     def stacked(self, name: str) -> torch.Tensor:

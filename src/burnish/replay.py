@@ -6,8 +6,9 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from annotated_types import Gt, Le
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from burnish.objectives import reference_kl
 from burnish.policies import Policy
+from burnish.processes import Gaussian
 from burnish.rollout import Rollout
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -46,6 +48,7 @@ class Replay(Protocol):
 class StoredTransitions:
     """Scores the stored steps of the reverse process again: for policy gradients with a log-probability.
 
+    An objective is handed what its arguments name, of the properties of `Transition`.
     `timestep_fraction`: the first int(steps * fraction) steps are trained (Flow-GRPO: .99, so 9 of 10).
     `kl_form`: see `objectives.reference_kl`. `detach_unconditional`: guidance's unconditional branch gets no gradient.
     """
@@ -70,36 +73,104 @@ class StoredTransitions:
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        trajectory, old_log_probs = rollout.trajectory, rollout.log_probs
-        assert trajectory is not None
-        assert old_log_probs is not None
-        wants_kl = bool(_setting(objective, "kl_weight"))
+        wants = _wants(objective)
         for index in range(self.calls(rollout.grid.steps)):
-            x, x_next = trajectory[:, index], trajectory[:, index + 1]
+            transition = Transition(self, policy, rollout, index, advantages)
+            yield objective(**{name: getattr(transition, name) if asked else None for name, asked in wants.items()})
 
-            def step(index: int = index, x: Tensor = x) -> Any:
-                prediction = policy.predict(
-                    x,
-                    rollout.grid.times[index],
-                    rollout.conditioning,
-                    rollout.guidance,
-                    detach_unconditional=self.detach_unconditional,
-                )
-                return policy.process.transition(rollout.grid, index, x, prediction, rollout.sampler)
 
-            taken, kl = step(), None
-            if wants_kl:
-                with policy.reference():
-                    reference = step()
-                dt = float(rollout.grid.next_times[index] - rollout.grid.times[index])
-                kl = reference_kl(taken, reference, form=self.kl_form, dt=dt, value=x_next)
-            yield objective(taken.log_prob(x_next), old_log_probs[:, index], advantages, kl)
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """Step `index` of stored chains, scored by the policy as it is now. What nobody asks for is not computed.
+
+    All [batch], but predictions and Gaussians of [batch, *latent]. `kl`: to the reference, in the replay's form.
+    `old_kl`: of the step that was taken from the step that the policy would take now. `noise_weight`: the step's std
+    over its mean on the trained steps. `std` and `dt`: of the transition, std with sqrt(|dt|) in it.
+    """
+
+    replay: StoredTransitions
+    policy: Policy
+    rollout: Rollout
+    index: int
+    advantages: Tensor
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        return self.policy.predict(
+            self._stored(self.rollout.trajectory),
+            self.rollout.grid.times[self.index],
+            self.rollout.conditioning,
+            self.rollout.guidance,
+            detach_unconditional=self.replay.detach_unconditional,
+        )
+
+    @cached_property
+    def reference_prediction(self) -> Tensor:
+        with self.policy.reference():
+            return replace(self).prediction  # nothing that was computed before is in a copy
+
+    @cached_property
+    def step(self) -> Gaussian:
+        return self._step(self.prediction)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        return self.step.log_prob(self._stored(self.rollout.trajectory, 1))
+
+    @property
+    def old_log_prob(self) -> Tensor:
+        return self._stored(self.rollout.log_probs)
+
+    @cached_property
+    def kl(self) -> Tensor:
+        return reference_kl(
+            self.step,
+            self._step(self.reference_prediction),
+            form=self.replay.kl_form,
+            dt=self._length(),
+            value=self._stored(self.rollout.trajectory, 1),
+        )
+
+    @cached_property
+    def old_kl(self) -> Tensor:
+        return Gaussian(self._stored(self.rollout.means), self.step.std).kl(self.step)
+
+    @cached_property
+    def std(self) -> Tensor:
+        return self.advantages.new_full((len(self.rollout),), self._std(self.index))
+
+    @cached_property
+    def dt(self) -> Tensor:
+        return self.advantages.new_full((len(self.rollout),), self._length())
+
+    @cached_property
+    def noise_weight(self) -> Tensor:
+        trained = range(self.replay.calls(self.rollout.grid.steps))
+        return self.std * len(trained) / sum(map(self._std, trained))
+
+    def _step(self, prediction: Tensor) -> Gaussian:
+        x, rollout = self._stored(self.rollout.trajectory), self.rollout
+        return self.policy.process.transition(rollout.grid, self.index, x, prediction, rollout.sampler)
+
+    def _std(self, index: int) -> float:
+        x = self._stored(self.rollout.trajectory)[:1]
+        step = self.policy.process.transition(self.rollout.grid, index, x, torch.zeros_like(x), self.rollout.sampler)
+        return float(step.std)
+
+    def _length(self) -> float:
+        grid = self.rollout.grid
+        return float(grid.next_times[self.index] - grid.times[self.index])
+
+    def _stored(self, kept: Tensor | None, after: int = 0) -> Tensor:
+        assert kept is not None  # a trajectory was kept: `StoredTransitions.keep`
+        return kept[:, self.index + after]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardProcess:
     """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
 
+    An objective is handed what its arguments name, of the properties of `Noised`.
     `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting).
     The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
     """
@@ -124,21 +195,14 @@ class ForwardProcess:
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        x0, times = rollout.latents, rollout.grid.times[: rollout.grid.steps]
-        levels, noises = zip(*(self._draws(seed, len(times), x0.shape[1:]) for seed in rollout.seeds), strict=True)
-        level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(x0.device)
-        wants_reference = bool(_setting(objective, "kl_weight"))
+        times, wants = rollout.grid.times[: rollout.grid.steps], _wants(objective)
+        shape = rollout.latents.shape[1:]
+        levels, noises = zip(*(self._draws(seed, len(times), shape) for seed in rollout.seeds), strict=True)
+        level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(rollout.latents.device)
         for call in range(self.times_per_sample):
-            s = times[level[call]].to(x0.device)
-            x = policy.process.add_noise(x0, noise[call], s)
-            asked = (x, s, rollout.conditioning, rollout.guidance)
-            with policy.weights(behaviour):
-                old = policy.predict(*asked)
-            reference = None
-            if wants_reference:
-                with policy.reference():
-                    reference = policy.predict(*asked)
-            yield objective(policy.predict(*asked), old, reference, x, s, x0, advantages)
+            s = times[level[call]].to(rollout.latents.device)
+            noised = Noised(policy, rollout, behaviour, noise[call], s, advantages)
+            yield objective(**{name: getattr(noised, name) if asked else None for name, asked in wants.items()})
 
     def _draws(self, seed: int, levels: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Noise levels [calls] and noises [calls, *latent] of one sample: its own, wherever it is trained.
@@ -151,6 +215,56 @@ class ForwardProcess:
         return order[: self.times_per_sample], torch.randn((self.times_per_sample, *shape), generator=generator)
 
 
-def _setting(objective: Objective, name: str) -> Any:
-    """What an objective takes for a setting: what it was given as a partial, or its own default."""
-    return inspect.signature(objective).parameters[name].default
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """Final latents at times `s` [batch] of the forward process. What nobody asks for is not computed.
+
+    `x`, `x0`, predictions [batch, *latent]. `old_prediction`: of the policy that sampled.
+    """
+
+    policy: Policy
+    rollout: Rollout
+    behaviour: dict[str, Tensor]
+    noise: Tensor
+    s: Tensor
+    advantages: Tensor
+
+    @property
+    def x0(self) -> Tensor:
+        return self.rollout.latents
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.policy.process.add_noise(self.x0, self.noise, self.s)
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        return self.policy.predict(self.x, self.s, self.rollout.conditioning, self.rollout.guidance)
+
+    @cached_property
+    def old_prediction(self) -> Tensor:
+        with self.policy.weights(self.behaviour):
+            return replace(self).prediction
+
+    @cached_property
+    def reference_prediction(self) -> Tensor:
+        with self.policy.reference():
+            return replace(self).prediction
+
+    @cached_property
+    def error(self) -> Tensor:
+        """Mean over the latent of (target - prediction)^2, [batch], in fp32 at least."""
+        target = self.policy.process.target(self.x0, self.noise, self.s)
+        return (target - self.prediction.to(target.dtype)).square().flatten(1).mean(1)
+
+
+PULLS = ("kl", "reference_prediction")  # what only a `kl_weight` other than 0 needs
+
+
+def _wants(objective: Objective) -> dict[str, bool]:
+    """The quantities that an objective takes, and whether it needs each as it is set: those that pull to the reference
+    only where its `kl_weight` is not 0, as given in a partial or by default."""
+    parameters = inspect.signature(objective).parameters
+    weight = parameters.get("kl_weight")
+    pulled = weight is not None and bool(weight.default)
+    return {name: pulled or name not in PULLS for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY}

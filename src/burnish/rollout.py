@@ -34,8 +34,8 @@ class Rollout:
     """Samples of a policy and how they came about.
 
     `latents` [batch, *latent]: what `policy.decode` takes. With keep="trajectory" also `trajectory`
-    [batch, steps + 1, *latent], noise first, and `log_probs` [batch, steps] of the steps that were taken, in nats per
-    latent element under the sampling policy.
+    [batch, steps + 1, *latent], noise first, the `means` [batch, steps, *latent] of the steps that were taken, and
+    their `log_probs` [batch, steps], in nats per latent element under the sampling policy.
     """
 
     prompts: tuple[str, ...]
@@ -46,6 +46,7 @@ class Rollout:
     sampler: Any
     latents: Float[Tensor, "batch *latent"]
     trajectory: Float[Tensor, "batch steps_and_end *latent"] | None = None
+    means: Float[Tensor, "batch steps *latent"] | None = None
     log_probs: Float[Tensor, "batch steps"] | None = None
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class Rollout:
             self.sampler,
             self.latents[here],
             None if self.trajectory is None else self.trajectory[here],
+            None if self.means is None else self.means[here],
             None if self.log_probs is None else self.log_probs[here],
         )
 
@@ -100,12 +102,12 @@ def sample(
     grid = policy.grid(steps, height, width)
     shape = policy.latent_shape(height, width)
     conditioning = policy.encode(prompts, negative)
-    finals, trajectories, log_probs = [], [], []
+    finals, trajectories, means, log_probs = [], [], [], []
     for start in range(0, len(prompts), batch_size or len(prompts)):
         here = slice(start, start + (batch_size or len(prompts)))
         first, later = _noise(seeds[here], shape, grid.steps if noisy else 0)
         x, later, told = first.to(policy.device), later.to(policy.device), conditioning[here]
-        path, scores, x0 = [x], [], None
+        path, centres, scores, x0 = [x], [], [], None
         for index in range(grid.steps):
             prediction = policy.predict(x, grid.times[index], told, guidance)
             if look_back:
@@ -114,10 +116,12 @@ def sample(
             x = step.sample(noise=later[:, index] if noisy else None)
             if keep == "trajectory":
                 path.append(x)
+                centres.append(step.mean)
                 scores.append(step.log_prob(x))
         finals.append(x)
         if keep == "trajectory":
             trajectories.append(torch.stack(path, dim=1))
+            means.append(torch.stack(centres, dim=1))
             log_probs.append(torch.stack(scores, dim=1))
     return Rollout(
         tuple(prompts),
@@ -128,6 +132,7 @@ def sample(
         sampler,
         torch.cat(finals),
         torch.cat(trajectories) if trajectories else None,
+        torch.cat(means) if means else None,
         torch.cat(log_probs) if log_probs else None,
     )
 
