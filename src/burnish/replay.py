@@ -6,7 +6,7 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
@@ -73,10 +73,8 @@ class StoredTransitions:
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        wants = _wants(objective)
         for index in range(self.calls(rollout.grid.steps)):
-            transition = Transition(self, policy, rollout, index, advantages)
-            yield objective(**{name: getattr(transition, name) if asked else None for name, asked in wants.items()})
+            yield _handed(objective, Transition(self, policy, rollout, index, advantages))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +94,9 @@ class Transition:
 
     @cached_property
     def prediction(self) -> Tensor:
+        return self._predict()
+
+    def _predict(self) -> Tensor:
         return self.policy.predict(
             self._stored(self.rollout.trajectory),
             self.rollout.grid.times[self.index],
@@ -107,7 +108,7 @@ class Transition:
     @cached_property
     def reference_prediction(self) -> Tensor:
         with self.policy.reference():
-            return replace(self).prediction  # nothing that was computed before is in a copy
+            return self._predict()
 
     @cached_property
     def step(self) -> Gaussian:
@@ -195,14 +196,12 @@ class ForwardProcess:
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        times, wants = rollout.grid.times[: rollout.grid.steps], _wants(objective)
-        shape = rollout.latents.shape[1:]
+        times, shape = rollout.grid.times[: rollout.grid.steps], rollout.latents.shape[1:]
         levels, noises = zip(*(self._draws(seed, len(times), shape) for seed in rollout.seeds), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(rollout.latents.device)
         for call in range(self.times_per_sample):
             s = times[level[call]].to(rollout.latents.device)
-            noised = Noised(policy, rollout, behaviour, noise[call], s, advantages)
-            yield objective(**{name: getattr(noised, name) if asked else None for name, asked in wants.items()})
+            yield _handed(objective, Noised(policy, rollout, behaviour, noise[call], s, advantages))
 
     def _draws(self, seed: int, levels: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Noise levels [calls] and noises [calls, *latent] of one sample: its own, wherever it is trained.
@@ -239,17 +238,20 @@ class Noised:
 
     @cached_property
     def prediction(self) -> Tensor:
+        return self._predict()
+
+    def _predict(self) -> Tensor:
         return self.policy.predict(self.x, self.s, self.rollout.conditioning, self.rollout.guidance)
 
     @cached_property
     def old_prediction(self) -> Tensor:
         with self.policy.weights(self.behaviour):
-            return replace(self).prediction
+            return self._predict()
 
     @cached_property
     def reference_prediction(self) -> Tensor:
         with self.policy.reference():
-            return replace(self).prediction
+            return self._predict()
 
     @cached_property
     def error(self) -> Tensor:
@@ -261,10 +263,11 @@ class Noised:
 PULLS = ("kl", "reference_prediction")  # what only a `kl_weight` other than 0 needs
 
 
-def _wants(objective: Objective) -> dict[str, bool]:
-    """The quantities that an objective takes, and whether it needs each as it is set: those that pull to the reference
-    only where its `kl_weight` is not 0, as given in a partial or by default."""
+def _handed(objective: Objective, quantities: Transition | Noised) -> Loss:
+    """The objective on the quantities that its arguments name. Those that pull to the reference are None where its
+    `kl_weight` is 0, as given in a partial or by default."""
     parameters = inspect.signature(objective).parameters
     weight = parameters.get("kl_weight")
     pulled = weight is not None and bool(weight.default)
-    return {name: pulled or name not in PULLS for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY}
+    named = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    return objective(**{name: getattr(quantities, name) if pulled or name not in PULLS else None for name in named})
