@@ -10,7 +10,7 @@ from transformers import CLIPTextModelWithProjection
 from burnish.objectives import diffusion_nft, flow_grpo
 from burnish.policies import LoraConfig, Policy, load_policy
 from burnish.processes import FlowSDE
-from burnish.replay import ForwardProcess, StoredTransitions
+from burnish.replay import Experience, ForwardProcess, StoredTransitions
 from burnish.rollout import Rollout, sample
 from burnish.worlds.shapes import pipelines
 
@@ -65,7 +65,7 @@ def test_the_first_ratio_is_exactly_one(policy, guidance, precision, monkeypatch
     with policy.weights(weights_of(policy)):  # as a trainer samples
         rollout = rollout_of(policy, 4, "trajectory", guidance)
     objective = partial(flow_grpo, kl_weight=0.01)
-    for loss, metrics in StoredTransitions().losses(policy, rollout, ADVANTAGES, {}, objective):
+    for loss, metrics in StoredTransitions().losses(policy, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective):
         assert metrics["ratio/max_deviation"] == 0
         assert metrics["kl"] > 0
         torch.testing.assert_close(metrics["policy_loss"], -ADVANTAGES.mean())
@@ -78,7 +78,11 @@ def test_the_ratio_shows_that_the_policy_has_moved(policy):
     rollout = rollout_of(policy, 3, "trajectory")
     moved = {name: tensor + 0.05 for name, tensor in weights_of(policy).items()}
     with policy.weights(moved):
-        losses = list(StoredTransitions().losses(policy, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)))
+        losses = list(
+            StoredTransitions().losses(
+                policy, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, partial(flow_grpo, kl_weight=0.0)
+            )
+        )
     assert all(metrics["ratio/max_deviation"] > 1e-5 for _, metrics in losses)
 
 
@@ -100,7 +104,11 @@ def test_yields_a_loss_for_each_step_from_the_noise_on(flow):
         return log_prob.sum(), {}
 
     replay = StoredTransitions(timestep_fraction=0.7)
-    assert len(list(replay.losses(flow, rollout, ADVANTAGES, {}, objective))) == replay.calls(5) == 3
+    assert (
+        len(list(replay.losses(flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective)))
+        == replay.calls(5)
+        == 3
+    )
     assert torch.equal(torch.stack(seen, dim=1), rollout.log_probs[:, :3])
 
 
@@ -111,7 +119,9 @@ def test_kl_is_zero_at_the_reference_and_of_the_form_asked_for():
     def kls(**options):
         return [
             metrics["kl"]
-            for _, metrics in StoredTransitions(**options).losses(policy, rollout, ADVANTAGES, {}, objective)
+            for _, metrics in StoredTransitions(**options).losses(
+                policy, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective
+            )
         ]
 
     code, exact = kls(), kls(kl_form="exact")
@@ -127,7 +137,7 @@ def test_detaching_the_unconditional_branch_is_an_option_and_the_default(flow):
 
     def gradient(**options):
         for loss, _ in StoredTransitions(**options).losses(
-            flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, partial(flow_grpo, kl_weight=0.0)
         ):
             loss.backward()
         flat = torch.cat([parameter.grad.flatten() for parameter in flow.trainable().values()])
@@ -147,7 +157,11 @@ def test_an_objective_is_handed_what_its_arguments_name(flow):
     seen: list = []
     with flow.weights(weights_of(flow)):
         rollout = rollout_of(flow, 5, "trajectory")
-    list(StoredTransitions(timestep_fraction=0.7).losses(flow, rollout, ADVANTAGES, {}, objective))
+    list(
+        StoredTransitions(timestep_fraction=0.7).losses(
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective
+        )
+    )
     grid = rollout.grid
     for index, (std, dt, _, old_kl) in enumerate(seen):
         s, length = float(grid.times[index]), float(grid.times[index] - grid.times[index + 1])
@@ -160,7 +174,11 @@ def test_an_objective_is_handed_what_its_arguments_name(flow):
     moved, apart = {name: tensor + 0.05 for name, tensor in weights_of(flow).items()}, list(seen)
     seen.clear()
     with flow.weights(moved):
-        list(StoredTransitions(timestep_fraction=0.7).losses(flow, rollout, ADVANTAGES, {}, objective))
+        list(
+            StoredTransitions(timestep_fraction=0.7).losses(
+                flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective
+            )
+        )
     assert all((old_kl > 0).all() for *_, old_kl in seen)
     assert len(apart) == len(seen)
 
@@ -169,14 +187,22 @@ def test_nothing_is_computed_that_no_argument_names(flow, monkeypatch):
     rollout, calls = rollout_of(flow, 3, "trajectory"), []
     forward = flow._forward
     monkeypatch.setattr(flow, "_forward", lambda *a: calls.append(None) or forward(*a))
-    list(StoredTransitions().losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.0)))
+    list(
+        StoredTransitions().losses(
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, partial(flow_grpo, kl_weight=0.0)
+        )
+    )
     assert len(calls) == 2  # a step each
-    list(StoredTransitions().losses(flow, rollout, ADVANTAGES, {}, partial(flow_grpo, kl_weight=0.1)))
+    list(
+        StoredTransitions().losses(
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, partial(flow_grpo, kl_weight=0.1)
+        )
+    )
     assert len(calls) == 2 + 4  # and one of the reference
     calls.clear()
     list(
         ForwardProcess(times_per_sample=2).losses(
-            flow, rollout, ADVANTAGES, weights_of(flow), lambda error: (error, {})
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), weights_of(flow), lambda error: (error, {})
         )
     )
     assert len(calls) == 2
@@ -186,7 +212,7 @@ def test_the_error_is_the_training_loss_of_the_network(flow):
     rollout = rollout_of(flow, 3, "final")
     recorder = replayed(flow, rollout, 3)
     errors = [e for e, _ in ForwardProcess(times_per_sample=3).losses(
-        flow, rollout, ADVANTAGES, weights_of(flow), lambda error: (error, {}))]  # fmt: skip
+        flow, Experience(rollout, ADVANTAGES, ADVANTAGES), weights_of(flow), lambda error: (error, {}))]  # fmt: skip
     for call, error in zip(recorder.calls, errors, strict=True):
         s = call["s"].view(-1, 1, 1, 1)
         velocity = (call["x"] - call["x0"]) / s
@@ -228,7 +254,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(flow, method):
             replay, objective = ForwardProcess(times_per_sample=steps), partial(diffusion_nft, kl_weight=0.01)
         rollout, meter = rollout_of(flow, steps, replay.keep), Meter()
         with saved_tensors_hooks(meter.pack, lambda box: box[0]):
-            for loss, _ in replay.losses(flow, rollout, ADVANTAGES, weights_of(flow), objective):
+            for loss, _ in replay.losses(
+                flow, Experience(rollout, ADVANTAGES, ADVANTAGES), weights_of(flow), objective
+            ):
                 loss.backward()
         flow.module.zero_grad()
         return meter.peak
@@ -261,7 +289,20 @@ def replayed(policy: Policy, rollout: Rollout, calls: int, behaviour=None, **opt
     objective = partial(recorder, **options)
     behaviour = weights_of(policy) if behaviour is None else behaviour
     replay = ForwardProcess(times_per_sample=calls)
-    assert len(list(replay.losses(policy, rollout, ADVANTAGES[: len(rollout)], behaviour, objective))) == calls
+    assert (
+        len(
+            list(
+                replay.losses(
+                    policy,
+                    rollout,
+                    Experience(rollout, ADVANTAGES[: len(rollout)], ADVANTAGES[: len(rollout)]),
+                    behaviour,
+                    objective,
+                )
+            )
+        )
+        == calls
+    )
     return recorder
 
 

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from burnish.objectives import reference_kl
@@ -23,13 +24,39 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 Objective = Callable[..., Loss]
 
 
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """Samples and what they earned: `rewards` [batch]; `advantages` [batch], or [batch, kept], one a stored step."""
+
+    rollout: Rollout
+    rewards: Float[Tensor, " batch"]
+    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def part(self, start: int, stop: int) -> "Experience":
+        """Samples start..stop, as the same tensors (views)."""
+        here = slice(start, stop)
+        return Experience(self.rollout.part(start, stop), self.rewards[here], self.advantages[here])
+
+    def pick(self, rows: Int[Tensor, " rows"]) -> "Experience":
+        """The samples in `rows`, in that order, copied."""
+        return Experience(self.rollout.pick(rows), self.rewards[rows], self.advantages[rows])
+
+
 @runtime_checkable  # for beartype, under test
 class Replay(Protocol):
-    """`keep`: what the rollout stores. `calls`: how many losses `losses` yields for a chain of `steps` steps."""
+    """`keep`: what the rollout stores. `calls`: how many losses `losses` yields for samples of `steps` stored steps."""
 
     keep: Literal["trajectory", "final"]
+    fresh: bool  # whether what is trained was sampled in this round, so that the first ratio is 1
 
     def calls(self, steps: int) -> int: ...
+    def updates(self, experience: Experience, count: int, batch_size: int) -> Iterator[list[Experience]]:
+        """What each of `count` optimiser steps learns from, `batch_size` samples at a time."""
+        ...
+
     def behaviour_decay(self, updates: int) -> float:
         """Weight of the old sampling policy when it follows the trained one; 0 samples from the trained one."""
         ...
@@ -37,30 +64,44 @@ class Replay(Protocol):
     def losses(
         self,
         policy: Policy,
-        rollout: Rollout,
-        advantages: Tensor,
+        experience: Experience,
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]: ...
 
 
+class InTurn:
+    """Each sample in one update of the round."""
+
+    fresh = True
+
+    def updates(self, experience: Experience, count: int, batch_size: int) -> Iterator[list[Experience]]:
+        share = len(experience) // count
+        for start in range(0, len(experience), share):
+            yield [experience.part(low, low + batch_size) for low in range(start, start + share, batch_size)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class StoredTransitions:
+class StoredTransitions(InTurn):
     """Scores the stored steps of the reverse process again: for policy gradients with a log-probability.
 
     An objective is handed what its arguments name, of the properties of `Transition`.
-    `timestep_fraction`: the first int(steps * fraction) steps are trained (Flow-GRPO: .99, so 9 of 10).
+    `timestep_fraction`: int(stored steps * fraction) of them are trained (Flow-GRPO: .99, so 9 of 10), the first ones,
+    or with `shuffle_timesteps` others for each sample, drawn by its seed, in its own order. `skip_last`: the last step
+    is not among those that count.
     `kl_form`: see `objectives.reference_kl`. `detach_unconditional`: guidance's unconditional branch gets no gradient.
     """
 
     timestep_fraction: Annotated[float, Gt(0), Le(1)] = 0.99  # flow_grpo config/base.py
+    shuffle_timesteps: bool = False
+    skip_last: bool = False
     kl_form: Literal["code", "exact", "k3"] = "code"  # flow_grpo scripts/train_sd3.py
     detach_unconditional: bool = True  # flow_grpo scripts/train_sd3.py
 
     keep = "trajectory"
 
     def calls(self, steps: int) -> int:
-        return max(1, int(steps * self.timestep_fraction))
+        return max(1, int((steps - self.skip_last) * self.timestep_fraction))
 
     def behaviour_decay(self, updates: int) -> float:
         return 0.0
@@ -68,29 +109,54 @@ class StoredTransitions:
     def losses(
         self,
         policy: Policy,
-        rollout: Rollout,
-        advantages: Tensor,
+        experience: Experience,
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
-        for index in range(self.calls(rollout.grid.steps)):
-            yield _handed(objective, Transition(self, policy, rollout, index, advantages))
+        rollout = experience.rollout
+        orders = [self._order(seed, rollout.kept) for seed in rollout.seeds] if self.shuffle_timesteps else []
+        for call in range(self.calls(rollout.kept)):
+            slot = torch.stack([order[call] for order in orders]) if orders else call
+            yield _handed(objective, Transition(self, policy, experience, slot))
+
+    def _order(self, seed: int, steps: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed + 1)  # not the one that made the picture
+        return torch.randperm(max(1, steps - self.skip_last), generator=generator)
 
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """Step `index` of stored chains, scored by the policy as it is now. What nobody asks for is not computed.
+    """A stored step of each sample, scored by the policy as it is now. What nobody asks for is not computed.
 
+    `slot`: which of the stored steps, an int for all or one for each sample.
     All [batch], but predictions and Gaussians of [batch, *latent]. `kl`: to the reference, in the replay's form.
     `old_kl`: of the step that was taken from the step that the policy would take now. `noise_weight`: the step's std
-    over its mean on the trained steps. `std` and `dt`: of the transition, std with sqrt(|dt|) in it.
+    over its mean on the trained steps of a whole chain. `std` and `dt`: of the transition, std with sqrt(|dt|) in it.
     """
 
     replay: StoredTransitions
     policy: Policy
-    rollout: Rollout
-    index: int
-    advantages: Tensor
+    experience: Experience
+    slot: int | Int[Tensor, " batch"]
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.experience.rollout
+
+    @cached_property
+    def index(self) -> int | Tensor:
+        """The step's number in the grid."""
+        first = self.rollout.first
+        return (int(first[0]) if bool((first == first[0]).all()) else first) + self.slot
+
+    @property
+    def advantages(self) -> Tensor:
+        told = self.experience.advantages
+        return told if told.ndim == 1 else self._at_slot(told)
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.experience.rewards
 
     @cached_property
     def prediction(self) -> Tensor:
@@ -138,11 +204,11 @@ class Transition:
 
     @cached_property
     def std(self) -> Tensor:
-        return self.advantages.new_full((len(self.rollout),), self._std(self.index))
+        return self._each(self._std(self.index))
 
     @cached_property
     def dt(self) -> Tensor:
-        return self.advantages.new_full((len(self.rollout),), self._length())
+        return self._each(self._length())
 
     @cached_property
     def noise_weight(self) -> Tensor:
@@ -153,22 +219,33 @@ class Transition:
         x, rollout = self._stored(self.rollout.trajectory), self.rollout
         return self.policy.process.transition(rollout.grid, self.index, x, prediction, rollout.sampler)
 
-    def _std(self, index: int) -> float:
-        x = self._stored(self.rollout.trajectory)[:1]
-        step = self.policy.process.transition(self.rollout.grid, index, x, torch.zeros_like(x), self.rollout.sampler)
-        return float(step.std)
+    def _std(self, index: int | Tensor) -> float | Tensor:
+        x = self._stored(self.rollout.trajectory)
+        x = x[:1] if isinstance(index, int) else x
+        return self.policy.process.transition(
+            self.rollout.grid, index, x, torch.zeros_like(x), self.rollout.sampler
+        ).std
 
-    def _length(self) -> float:
+    def _length(self) -> float | Tensor:
         grid = self.rollout.grid
-        return float(grid.next_times[self.index] - grid.times[self.index])
+        length = grid.next_times[self.index] - grid.times[self.index]
+        return length.to(self.rollout.latents) if length.ndim else float(length)
+
+    def _each(self, value: float | Tensor) -> Tensor:
+        """One for each sample, like the advantages."""
+        return self.advantages.new_zeros(len(self.rollout)) + torch.as_tensor(value).to(self.advantages)
 
     def _stored(self, kept: Tensor | None, after: int = 0) -> Tensor:
         assert kept is not None  # a trajectory was kept: `StoredTransitions.keep`
-        return kept[:, self.index + after]
+        return self._at_slot(kept, after)
+
+    def _at_slot(self, kept: Tensor, after: int = 0) -> Tensor:
+        slot = self.slot + after
+        return kept[:, slot] if isinstance(slot, int) else kept[torch.arange(len(kept)), slot]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardProcess:
+class ForwardProcess(InTurn):
     """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
 
     An objective is handed what its arguments name, of the properties of `Noised`.
@@ -177,8 +254,8 @@ class ForwardProcess:
     """
 
     times_per_sample: Annotated[int, Gt(0)] = 10  # NVlabs/DiffusionNFT trains on each of its 10 sampling times
-    behaviour_rate: float = 0.001  # config/nft.py, decay_type 1
-    behaviour_max: Annotated[float, Le(1)] = 0.5  # config/nft.py, decay_type 1
+    behaviour_rate: Annotated[float, Ge(0)] = 0.001  # config/nft.py, decay_type 1
+    behaviour_max: Annotated[float, Ge(0), Le(1)] = 0.5  # config/nft.py, decay_type 1
 
     keep = "final"
 
@@ -191,17 +268,17 @@ class ForwardProcess:
     def losses(
         self,
         policy: Policy,
-        rollout: Rollout,
-        advantages: Tensor,
+        experience: Experience,
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
+        rollout = experience.rollout
         times, shape = rollout.grid.times[: rollout.grid.steps], rollout.latents.shape[1:]
         levels, noises = zip(*(self._draws(seed, len(times), shape) for seed in rollout.seeds), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(rollout.latents.device)
         for call in range(self.times_per_sample):
             s = times[level[call]].to(rollout.latents.device)
-            yield _handed(objective, Noised(policy, rollout, behaviour, noise[call], s, advantages))
+            yield _handed(objective, Noised(policy, experience, behaviour, noise[call], s))
 
     def _draws(self, seed: int, levels: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Noise levels [calls] and noises [calls, *latent] of one sample: its own, wherever it is trained.
@@ -222,11 +299,22 @@ class Noised:
     """
 
     policy: Policy
-    rollout: Rollout
+    experience: Experience
     behaviour: dict[str, Tensor]
     noise: Tensor
     s: Tensor
-    advantages: Tensor
+
+    @property
+    def rollout(self) -> Rollout:
+        return self.experience.rollout
+
+    @property
+    def advantages(self) -> Tensor:
+        return self.experience.advantages
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.experience.rewards
 
     @property
     def x0(self) -> Tensor:
@@ -261,6 +349,20 @@ class Noised:
 
 
 PULLS = ("kl", "reference_prediction")  # what only a `kl_weight` other than 0 needs
+
+
+def penalty(replay: Replay, rollout: Rollout) -> Tensor:
+    """The KL of each stored step to the reference, [batch, kept], in the form that the replay has for its loss.
+
+    Flow-GRPO's "KL in the reward" takes it, times a weight, from the reward of each step. "k3" is an estimate of the
+    exact one, which is here at no further price.
+    """
+    assert rollout.kl is not None  # sampled with reference_kl=True
+    if getattr(replay, "kl_form", "exact") != "code":
+        return rollout.kl
+    lengths = (rollout.grid.next_times - rollout.grid.times[:-1]).abs().to(rollout.kl)
+    steps = rollout.first[:, None] + torch.arange(rollout.kept)
+    return rollout.kl * lengths[steps.to(lengths.device)]
 
 
 def _handed(objective: Objective, quantities: Transition | Noised) -> Loss:

@@ -7,27 +7,27 @@ checkpoint holds and of (seed, round): all its randomness comes from generators 
 uninterrupted one, bit for bit.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from burnish.advantages import group_relative, group_std
+from burnish.advantages import group_std, selected
 from burnish.algorithms import ALGORITHMS
+from burnish.collectors import Deal, seed_of
 from burnish.config import override
+from burnish.credit import Scored
 from burnish.data import PromptStream
 from burnish.errors import UserError
 from burnish.evaluation import group_distance, thumbnails
+from burnish.replay import Experience, penalty
 from burnish.report import describe
 from burnish.rewards import score
-from burnish.rollout import Rollout, sample
+from burnish.rollout import Plan, Rollout, sample
 from burnish.trainers.look import look
 from burnish.trainers.progress import Progress
 from burnish.trainers.run import stoppable
@@ -47,24 +47,21 @@ def resume(directory: Path) -> Path:
     return train(load(directory / "config.yaml", [override("output_dir", str(directory))]), resuming=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Round:
-    """This process' share of a round: each prompt `num_generations` times, dealt out in a seeded order."""
-
-    prompts: list[dict[str, Any]]
-    groups: Tensor  # [batch]: which of the round's prompts
-    seeds: list[int]
-
-
-def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Accelerator) -> Round:
+def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Accelerator) -> Deal:
     """The samples of round `index`: every update's share is spread evenly over the processes."""
     prompts = stream.round(index)
-    generator = torch.Generator().manual_seed(_seed(config.seed, "deal", index))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, "deal", index))
     order = torch.randperm(len(prompts) * config.num_generations, generator=generator)
     mine = order.view(config.updates_per_round, accelerator.num_processes, -1)[:, accelerator.process_index].flatten()
     groups = mine // config.num_generations
-    seeds = [_seed(config.seed, "picture", index, int(place)) for place in mine]
-    return Round([prompts[group] for group in groups], groups, seeds)
+    return Deal(
+        index,
+        [prompts[group] for group in groups],
+        groups,
+        mine % config.num_generations,
+        [seed_of(config.seed, "picture", index, int(place)) for place in mine],
+        [seed_of(config.seed, "prompt", index, group) for group in range(len(prompts))],
+    )
 
 
 def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
@@ -100,29 +97,16 @@ def one_round(session: Session) -> dict[str, float]:
     clock = [time.perf_counter()]
     batch = deal(session.stream, session.round, config, accelerator)
     policy.autocast = lambda: accelerator.autocast()
-    with policy.weights(session.behaviour):
-        rollout = sample(
-            policy,
-            [prompt["prompt"] for prompt in batch.prompts],
-            steps=config.rollout.steps,
-            guidance=config.rollout.guidance,
-            sampler=session.sampler,
-            seeds=batch.seeds,
-            keep=session.replay.keep,
-            batch_size=config.batch_size,
-            height=config.rollout.height,
-            width=config.rollout.width,
-        )
-        images = policy.decode(rollout.latents)
+    rollout, plan = collect(session, batch)
+    images = policy.decode(rollout.latents)
     clock.append(time.perf_counter())
     scores = score(session.reward, images, rollout.prompts, batch.prompts)
     rewards, groups = session.everywhere(scores.total), session.everywhere(batch.groups)
-    advantages = group_relative(rewards, groups, **config.advantages)
-    mine = advantages.chunk(accelerator.num_processes)[accelerator.process_index]
     spread = group_std(rewards, groups)
     session.stream.saw(session.round, spread.tolist())
+    experience = credit(session, batch, plan, rollout, scores.total)
     clock.append(time.perf_counter())
-    metrics = learn(session, rollout, mine)
+    metrics = learn(session, experience)
     decay = session.replay.behaviour_decay(session.update.steps)
     for name, parameter in policy.trainable().items():
         session.behaviour[name].lerp_(parameter.detach(), 1 - decay)
@@ -135,6 +119,7 @@ def one_round(session: Session) -> dict[str, float]:
         "reward_std": rewards.std(correction=0).item(),
         **{f"rewards/{name}/mean": part.mean().item() for name, part in parts.items()},
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
+        "trained_samples": float(len(experience) * accelerator.num_processes),
         "diversity/pixels": group_distance(session.everywhere(thumbnails(images)).cpu(), everyone).item(),
         "diversity/latents": group_distance(session.everywhere(thumbnails(rollout.latents)).cpu(), everyone).item(),
         **metrics,
@@ -142,30 +127,85 @@ def one_round(session: Session) -> dict[str, float]:
     }
 
 
-def learn(session: Session, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
+def collect(session: Session, batch: Deal) -> tuple[Rollout, Plan]:
+    """The pictures of a round, as latents, sampled by the behaviour policy as the collector plans."""
+    config, policy = session.config, session.policy
+    grid = policy.grid(config.rollout.steps, config.rollout.height, config.rollout.width)
+    plan = session.collector.plan(batch, grid, policy.process.has_noise(session.sampler))
+    with policy.weights(session.behaviour):
+        rollout = sample(
+            policy,
+            [prompt["prompt"] for prompt in batch.prompts],
+            steps=config.rollout.steps,
+            guidance=config.rollout.guidance,
+            sampler=session.sampler,
+            solver=session.solver,
+            seeds=batch.seeds,
+            plan=plan,
+            keep=session.replay.keep,
+            reference_kl=config.kl_reward > 0,
+            batch_size=config.batch_size,
+            height=config.rollout.height,
+            width=config.rollout.width,
+        )
+    return rollout, plan
+
+
+def credit(session: Session, batch: Deal, plan: Plan, rollout: Rollout, rewards: Tensor) -> Experience:
+    """Advantages of this process' samples, and only the samples that are worth training on."""
+    config, accelerator = session.config, session.accelerator
+    paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
+    prompts = [prompt["prompt"] for prompt in session.stream.round(session.round)]
+    peers = session.everywhere(session.collector.peers(batch, plan))
+    scored = Scored(
+        rewards=session.everywhere(paid),
+        peers=peers,
+        prompts=[prompts[group] for group in session.everywhere(batch.groups).tolist()],
+        nodes=session.everywhere(plan.streams[:, 1:]),
+        rollout=rollout,
+        mine=lambda values: values.chunk(accelerator.num_processes)[accelerator.process_index],
+    )
+    advantages = session.rule(scored)
+    experience = Experience(rollout, rewards, advantages)
+    if not config.drop_zero_advantages and config.extremes is None:
+        return experience
+    chosen = selected(
+        session.everywhere(advantages), peers, drop_zero=config.drop_zero_advantages, extremes=config.extremes
+    )
+    return experience.pick(filled(session, scored.mine(chosen).cpu()))
+
+
+def filled(session: Session, chosen: Tensor) -> Tensor:
+    """The rows of the chosen samples and of as many others as make them divide into updates and calls, everywhere
+    alike; others come in the order of the deal, which is random, and all stay in that order."""
+    unit = session.config.updates_per_round * session.config.batch_size
+    count = int(session.everywhere(chosen.sum()[None]).max())
+    wanted = max(1, -(-count // unit)) * unit
+    others = (~chosen).nonzero()[:, 0][: wanted - int(chosen.sum())]
+    return torch.cat([chosen.nonzero()[:, 0], others]).sort().values
+
+
+def learn(session: Session, experience: Experience) -> dict[str, float]:
     """The updates of one round; a micro-batch is a slice of the rollout, in the rollout's own geometry.
 
     The gradient is the mean over an update's samples and over the network calls that the replay makes for each.
     """
-    config, sums, losses = session.config, {}, 0
-    share = len(rollout) // config.updates_per_round
-    weight = config.batch_size / share / session.replay.calls(rollout.grid.steps)
+    config, replay, sums, losses = session.config, session.replay, {}, 0
     stepped: dict[str, float] = {}
-    for start in range(0, len(rollout), share):
-        for low in range(start, start + share, config.batch_size):
-            high = low + config.batch_size
-            part = rollout.part(low, high)
-            for loss, metrics in session.replay.losses(
-                session.policy, part, advantages[low:high], session.behaviour, session.objective
-            ):
-                session.update.backward(loss * weight)
-                if losses == 0:
-                    _check_ratio(metrics)
-                    sums["ratio/first_deviation"] = metrics.get("ratio/max_deviation", loss.new_zeros(()))
-                losses += 1
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value
-        stepped = session.update.step()
+    for _ in range(config.inner_epochs):
+        for parts in replay.updates(experience, config.updates_per_round, config.batch_size):
+            for part in parts:
+                weight = 1 / (len(parts) * replay.calls(part.rollout.kept))
+                for loss, metrics in replay.losses(session.policy, part, session.behaviour, session.objective):
+                    session.update.backward(loss * weight)
+                    if losses == 0:
+                        if replay.fresh:
+                            _check_ratio(metrics)
+                        sums["ratio/first_deviation"] = metrics.get("ratio/max_deviation", loss.new_zeros(()))
+                    losses += 1
+                    for name, value in {"loss": loss.detach(), **metrics}.items():
+                        sums[name] = sums.get(name, 0.0) + value
+            stepped = session.update.step()
     first = session.everywhere(sums.pop("ratio/first_deviation").view(1)).max()
     means = session.everywhere(torch.stack(list(sums.values()))[None] / losses).mean(0)
     named = dict(zip(sums, means.tolist(), strict=True))
@@ -180,8 +220,3 @@ def _check_ratio(metrics: Mapping[str, Tensor]) -> None:
             f"the first ratio of the round is off 1 by {deviation:.1e}: the training pass is not the sampling pass; "
             "look for dropout, a changed attention backend, or another precision or batch size between the two"
         )
-
-
-def _seed(*key: int | str) -> int:
-    """48 bits that depend on every part of `key`, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=6).digest(), "big")

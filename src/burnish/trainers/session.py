@@ -1,5 +1,6 @@
 """Opens a run: everything it works with, loaded and checked before the first round."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from burnish import checkpoint
 from burnish.algorithms import ALGORITHMS
+from burnish.collectors import Collector
 from burnish.config import dump_config
+from burnish.credit import Rule
 from burnish.data import PromptStream, load_prompts
 from burnish.errors import UserError
 from burnish.evaluation import check_judgeable
@@ -34,7 +37,10 @@ class Session:
     accelerator: Accelerator
     policy: Policy
     sampler: Any
+    solver: Any
     reward: Callable[..., Any]
+    collector: Collector
+    rule: Rule
     replay: Replay
     objective: Callable[..., Any]
     update: Update
@@ -56,6 +62,7 @@ class Session:
             "update": self.update.state_dict(),
             "behaviour": self.behaviour,
             "prompts": self.stream.state_dict(),
+            "rule": self.rule.state_dict(),
             "rng": checkpoint.rng_state(),
         }
 
@@ -64,6 +71,7 @@ class Session:
         self.update.load_state_dict(state["update"])
         self.behaviour = {name: tensor.to(self.accelerator.device) for name, tensor in state["behaviour"].items()}
         self.stream.load_state_dict(state["prompts"])
+        self.rule.load_state_dict(state["rule"])
         checkpoint.restore_rng_state(state["rng"])
 
 
@@ -84,21 +92,22 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
-    replay, sampler = row.replay(**config.replay), _sampler(policy, config)
-    if replay.keep == "trajectory" and not policy.process.has_noise(sampler):
-        raise UserError(
-            f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
-            f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
-        )
+    collector, replay = row.collector(**config.collector), row.replay(**config.replay)
+    sampler, solver = (_sampler(policy, config, name) for name in (config.rollout.sampler, config.rollout.solver))
+    check_steps(policy, config, collector)
+    check_noise(policy, config, replay, sampler)
     session = Session(
         config=config,
         accelerator=accelerator,
         policy=policy,
         sampler=sampler,
+        solver=solver if policy.process.has_noise(sampler) else sampler,
         reward=reward,
+        collector=collector,
+        rule=row.advantages(**config.advantages),
         replay=replay,
         objective=partial(row.objective, **config.objective),
-        update=Update(accelerator, policy.trainable(), config.update, config.rounds * config.updates_per_round),
+        update=Update(accelerator, policy.trainable(), config.update, config.optimiser_steps),
         behaviour={name: parameter.detach().clone() for name, parameter in policy.trainable().items()},
         stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round, focus=config.focus),
         held_out=held_out,
@@ -132,11 +141,41 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
     )
 
 
-def _sampler(policy: Policy, config: OnlineConfig) -> Any:
+def _sampler(policy: Policy, config: OnlineConfig, name: str) -> Any:
     try:
-        return policy.process.sampler(config.rollout.sampler, config.rollout.noise_level)
+        return policy.process.sampler(name, config.rollout.noise_level)
     except ValueError as error:
         raise UserError(f"rollout: {error}") from error
+
+
+def check_steps(policy: Policy, config: OnlineConfig, collector: Collector) -> None:
+    """Whether the pipeline's scheduler has so many steps, and the collector can use them."""
+    steps, size = config.rollout.steps, (config.rollout.height, config.rollout.width)
+    try:
+        policy.grid(steps, *size)
+    except ValueError as error:
+        raise UserError(f"rollout.steps={steps}: the model's scheduler says: {error}") from error
+    collector.check(steps, config.num_generations)
+
+
+def check_noise(policy: Policy, config: OnlineConfig, replay: Replay, sampler: Any) -> None:
+    """Whether the steps are such as the algorithm can score."""
+    row, process = ALGORITHMS[config.algorithm], policy.process
+    if row.sampler not in (None, config.rollout.sampler):
+        raise UserError(
+            f"{row.title} is a way to sample: set rollout.sampler={row.sampler} (it is {config.rollout.sampler})"
+        )
+    if replay.keep == "trajectory" and not process.has_noise(sampler):
+        raise UserError(
+            f"{row.title} scores steps that have noise, and rollout.sampler={config.rollout.sampler} with "
+            f"noise_level={config.rollout.noise_level} takes none: choose sampler=sde and a noise_level above 0"
+        )
+    if config.kl_reward and replay.keep != "trajectory":
+        raise UserError(f"kl_reward={config.kl_reward}: {row.title} stores no steps that could have a KL; set it to 0")
+    asked = inspect.signature(partial(row.objective, **config.objective)).parameters
+    pulled = config.kl_reward or ("kl" in asked and asked["kl_weight"].default)
+    if process.name == "variance_preserving" and pulled and getattr(replay, "kl_form", None) == "code":
+        raise UserError("replay.kl_form=code is for the steps of a flow, and the model is a DDPM: set kl_form=exact")
 
 
 def check_sizes(config: OnlineConfig, processes: int) -> None:

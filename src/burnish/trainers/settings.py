@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
 from burnish.config import choose, load_config, read_recipe
 from burnish.policies import LoraConfig
 from burnish.rollout import RolloutConfig
 from burnish.trainers.update import UpdateConfig
+
+SECTIONS = ("collector", "advantages", "objective", "replay")  # parts of an algorithm's row that have settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,18 @@ class OnlineConfig:
     focus: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of them drawn by the spread of their rewards; 0: epochs only
     num_generations: Annotated[int, Gt(1)] = 24  # pictures of each prompt; its group
     updates_per_round: Annotated[int, Gt(0)] = 2
+    inner_epochs: Annotated[int, Gt(0)] = 1  # how often a round's samples are gone through
+    drop_zero_advantages: bool = False  # samples of a group whose rewards agree are not trained on
+    extremes: Annotated[int, Gt(1)] | None = None  # of each group so many are trained on, the best and the worst
+    kl_reward: Annotated[float, Ge(0)] = 0.0  # times each step's KL to the base, taken from that step's reward
     batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     weight_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
+    gradient_checkpointing: bool = False  # the network's activations are computed again: less memory, a third slower
+    offload: bool = False  # VAE and text encoders wait in main memory until they are called
     lora: LoraConfig = field(default_factory=LoraConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    collector: dict[str, Any] = field(default_factory=dict)
     advantages: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
     replay: dict[str, Any] = field(default_factory=dict)
@@ -59,9 +67,14 @@ class OnlineConfig:
     checkpoint_keep: Annotated[int, Gt(0)] = 3
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
+    @property
+    def optimiser_steps(self) -> int:
+        """Of the whole run."""
+        return self.rounds * self.updates_per_round * self.inner_epochs
+
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> OnlineConfig:
     """A recipe and `key=value` overrides as a validated config; UserError names what is wrong."""
     row = choose(ALGORITHMS, read_recipe(recipe, overrides).get("algorithm"), "algorithm")
-    sections = {"advantages": group_relative, "objective": row.objective, "replay": row.replay}
+    sections = {name: getattr(row, name) for name in SECTIONS}
     return load_config(OnlineConfig, recipe, overrides, sections=sections)

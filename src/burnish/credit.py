@@ -1,0 +1,132 @@
+"""Rules that give each sample, or each of its steps, its advantage: what an algorithm's row names.
+
+A rule is made from the settings of a recipe's section `advantages`, is handed the round as `Scored`, and answers for
+this process' samples. What it remembers from round to round is in `state_dict`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from annotated_types import Ge, Gt
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from burnish.advantages import PerPromptTracker, by_depth, group_relative, win_rate
+from burnish.rollout import Rollout
+
+Advantages = Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A round of all processes: rewards [n], or [n, kept] where steps are paid for; `peers` [n]: equal for those that
+    are compared; `prompts` of each; `nodes` [n, kept]: the streams of noise that each step took.
+
+    `rollout`, and what `mine` picks from a [n, ...], is this process' share.
+    """
+
+    rewards: Float[Tensor, " n"] | Float[Tensor, "n kept"]
+    peers: Int[Tensor, " n"]
+    prompts: list[str]
+    nodes: Int[Tensor, "n kept"]
+    rollout: Rollout
+    mine: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable  # for beartype, under test
+class Rule(Protocol):
+    def __call__(self, scored: Scored) -> Advantages: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Stateless:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def _each_column(rule: Callable[[Tensor], Tensor], rewards: Tensor) -> Tensor:
+    """A rule for one reward a sample, for each step's where there are more."""
+    return rule(rewards) if rewards.ndim == 1 else torch.stack([rule(column) for column in rewards.T], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRelative(Stateless):
+    """`advantages.group_relative`, for each step where steps are paid for."""
+
+    eps: Annotated[float, Gt(0)] = 1e-4
+    std: Literal["group", "global"] = "global"
+    unbiased: bool = False
+
+    def __call__(self, scored: Scored) -> Advantages:
+        return scored.mine(self._of(scored.rewards, scored.peers))
+
+    def _of(self, rewards: Tensor, peers: Tensor) -> Tensor:
+        return _each_column(
+            lambda column: group_relative(column, peers, eps=self.eps, std=self.std, unbiased=self.unbiased), rewards
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRelative(GroupRelative):
+    """Pref-GRPO: `win_weight` times the advantages of `advantages.win_rate`, `reward_weight` times the reward's own.
+
+    The reward judges the pairs, the higher wins.
+    Differs from: the code asks a vision-language model which of two pictures is better.
+    """
+
+    win_weight: Annotated[float, Ge(0)] = 1.0
+    reward_weight: Annotated[float, Ge(0)] = 0.0
+
+    def __call__(self, scored: Scored) -> Advantages:
+        won = _each_column(lambda column: win_rate(column, scored.peers), scored.rewards)
+        mixed = self.win_weight * self._of(won, scored.peers)
+        if self.reward_weight:
+            mixed = mixed + self.reward_weight * self._of(scored.rewards, scored.peers)
+        return scored.mine(mixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByDepth(Stateless):
+    """`advantages.by_depth`: the edges of a tree, each against those of its depth."""
+
+    eps: Annotated[float, Gt(0)] = 1e-8
+    unbiased: bool = True
+
+    def __call__(self, scored: Scored) -> Advantages:
+        told = by_depth(scored.rewards, scored.peers, scored.nodes, eps=self.eps, unbiased=self.unbiased)
+        return scored.mine(told)
+
+
+@dataclass(kw_only=True)
+class PerPrompt:
+    """`advantages.PerPromptTracker`: against the last rewards of the same prompt, from round to round."""
+
+    buffer_size: Annotated[int, Gt(0)] = 32  # aesthetic and alignment; 16 for (in)compressibility
+    min_count: Annotated[int, Gt(0)] = 16
+    _tracker: PerPromptTracker = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._tracker = PerPromptTracker(self.buffer_size, self.min_count)
+
+    def __call__(self, scored: Scored) -> Advantages:
+        return scored.mine(self._tracker.update(scored.prompts, scored.rewards))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._tracker.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._tracker.load_state_dict(state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw(Stateless):
+    """The rewards as they are, for an objective that weighs them itself."""
+
+    def __call__(self, scored: Scored) -> Advantages:
+        return scored.mine(scored.rewards)
