@@ -24,7 +24,7 @@ class Scored:
     """A round of all processes: rewards [n], or [n, kept] where steps are paid for; `peers` [n]: equal for those that
     are compared; `prompts` of each; `nodes` [n, kept]: the streams of noise that each step took.
 
-    `rollout`, and what `mine` picks from a [n, ...], is this process' share.
+    `rollout`, and what `mine` picks from a [n, ...], is this process' share; `everywhere` joins the shares.
     """
 
     rewards: Float[Tensor, " n"] | Float[Tensor, "n kept"]
@@ -33,6 +33,7 @@ class Scored:
     nodes: Int[Tensor, "n kept"]
     rollout: Rollout
     mine: Callable[[Tensor], Tensor]
+    everywhere: Callable[[Tensor], Tensor]
 
 
 @runtime_checkable  # for beartype, under test

@@ -5,8 +5,8 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from burnish.objectives import reference_kl
-from burnish.policies import Policy
+from burnish.policies import Conditioning, Policy
 from burnish.processes import Gaussian
 from burnish.rollout import Rollout
 
@@ -26,11 +26,15 @@ Objective = Callable[..., Loss]
 
 @dataclass(frozen=True, eq=False)
 class Experience:
-    """Samples and what they earned: `rewards` [batch]; `advantages` [batch], or [batch, kept], one a stored step."""
+    """Samples and what they earned: `rewards` [batch]; `advantages` [batch], or [batch, kept], one a stored step.
+
+    `slots` [batch]: the one stored step of each that is to be trained, where a replay has picked it.
+    """
 
     rollout: Rollout
     rewards: Float[Tensor, " batch"]
     advantages: Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
+    slots: Int[Tensor, " batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -57,6 +61,11 @@ class Replay(Protocol):
         """What each of `count` optimiser steps learns from, `batch_size` samples at a time."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it holds from earlier rounds: tensors [samples, ...] of this process."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
     def behaviour_decay(self, updates: int) -> float:
         """Weight of the old sampling policy when it follows the trained one; 0 samples from the trained one."""
         ...
@@ -79,6 +88,12 @@ class InTurn:
         share = len(experience) // count
         for start in range(0, len(experience), share):
             yield [experience.part(low, low + batch_size) for low in range(start, start + share, batch_size)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +128,9 @@ class StoredTransitions(InTurn):
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
+        if experience.slots is not None:
+            yield _handed(objective, Transition(self, policy, experience, experience.slots))
+            return
         rollout = experience.rollout
         orders = [self._order(seed, rollout.kept) for seed in rollout.seeds] if self.shuffle_timesteps else []
         for call in range(self.calls(rollout.kept)):
@@ -122,6 +140,77 @@ class StoredTransitions(InTurn):
     def _order(self, seed: int, steps: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed + 1)  # not the one that made the picture
         return torch.randperm(max(1, steps - self.skip_last), generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffer(StoredTransitions):
+    """Steps drawn at random from those of this round and of rounds before: DPOK's replay buffer.
+
+    It holds the newest chains whose steps are at most `capacity`, this round's in any case. An update learns from
+    `micro_batches` times batch_size steps, drawn without replacement from all that it holds.
+    Reference: google-research/google-research dpok/train_online_pg.py.
+    """
+
+    capacity: Annotated[int, Gt(0)] = 1000  # transitions
+    micro_batches: Annotated[int, Gt(0)] = 12  # gradient_accumulation_steps
+    _held: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    fresh = False
+
+    def calls(self, steps: int) -> int:
+        return 1
+
+    def updates(self, experience: Experience, count: int, batch_size: int) -> Iterator[list[Experience]]:
+        kept = experience.rollout.kept
+        steps = super().calls(kept)
+        held = self._grown(experience, max(len(experience), self.capacity // kept))
+        generator = torch.Generator().manual_seed(experience.rollout.seeds[0] + 1)
+        wanted = self.micro_batches * batch_size
+        for _ in range(count):
+            order = torch.randperm(len(held) * steps, generator=generator)
+            drawn = order.repeat(-(-wanted // len(order)))[:wanted]
+            yield [replace(held.pick(part // steps), slots=part % steps) for part in drawn.split(batch_size)]
+
+    def _grown(self, experience: Experience, chains: int) -> Experience:
+        """What is held, with the newest; its oldest chains are dropped."""
+        fresh = _tensors(experience)
+        held = {name: torch.cat([self._held[name].to(new.device), new]) for name, new in fresh.items() if self._held}
+        self._held.update({name: tensor[-chains:] for name, tensor in (held or fresh).items()})
+        return _experience(self._held, like=experience)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._held)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._held.clear()
+        self._held.update(state)
+
+
+BRANCHES = ("positive", "negative")
+STORED = ("first", "latents", "trajectory", "means", "log_probs")
+
+
+def _tensors(experience: Experience) -> dict[str, Tensor]:
+    """All that a step needs to be trained again, as tensors [batch, ...]."""
+    rollout = experience.rollout
+    told = {f"{branch}.{name}": t for branch in BRANCHES for name, t in getattr(rollout.conditioning, branch).items()}
+    stored = {name: getattr(rollout, name) for name in STORED}
+    earned = {"rewards": experience.rewards, "advantages": experience.advantages, "seeds": torch.tensor(rollout.seeds)}
+    return told | stored | earned
+
+
+def _experience(tensors: Mapping[str, Tensor], like: Experience) -> Experience:
+    """The reverse of `_tensors`; grid, sampler and guidance are those of `like`, and prompts are not known any more."""
+    seeds = tuple(tensors["seeds"].tolist())
+    told = {
+        branch: {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{branch}.")}
+        for branch in BRANCHES
+    }
+    stored = {name: tensors[name] for name in STORED}
+    rollout = replace(
+        like.rollout, prompts=("",) * len(seeds), seeds=seeds, conditioning=Conditioning(**told), kl=None, **stored
+    )
+    return Experience(rollout, tensors["rewards"], tensors["advantages"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,17 @@ r"""DPOK: policy gradient with a clamped ratio, pulled to the base by the distan
     loss = mean( -reward_weight A clip(r, 1 - eps, 1 + eps) ) + kl_weight mean( (prediction - reference_prediction)^2 )
 
 The ratio is clamped, without PPO's minimum: outside the region a sample has no policy gradient, whatever the sign of
-its advantage. The second term stands for the KL of a step: no 1 / (2 std^2), no 1 / 2.
+its advantage. The second term stands for the KL of a step: no 1 / (2 std^2), no 1 / 2. With pull="gaussian" it is that
+KL itself, kl_weight mean(kl), in closed form (the paper's objective, whose sum over the steps bounds the KL of the
+pictures from above).
 Shapes: predictions [batch, *latent]; `batch` counts (sample, denoising step) pairs.
 Units:  log_prob is in nats per latent element (mean over the latent, not sum); kl in units of the prediction squared.
 Reference: Fan et al. 2023, DPOK, https://arxiv.org/abs/2305.16381, Algorithm 1; google-research/google-research
     dpok/train_online_pg.py. Its advantage is the reward itself, or reward - V(x_t, prompt, t) with `v_flag`.
 Differs from: nothing. (The paper's KL in closed form is `reference_kl`.)
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -27,10 +31,12 @@ def dpok(
     advantages: Vector,
     prediction: Latent,
     reference_prediction: Latent | None,
+    kl: Vector | None = None,
     *,
     reward_weight: float = 10.0,  # one prompt; 1000 for several
     kl_weight: float = 0.01,  # one prompt; 0.1 for several
     clip: float = 1e-4,  # ratio_clip
+    pull: Literal["prediction", "gaussian"] = "prediction",
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if torch.finfo(log_prob.dtype).eps >= clip:
         raise TypeError(f"{log_prob.dtype} cannot resolve clip={clip}: compute log-probs in float32")
@@ -48,5 +54,9 @@ def dpok(
     if reference_prediction is None:
         return policy_loss, metrics
     dtype = torch.promote_types(prediction.dtype, torch.float32)
-    kl = (prediction.to(dtype) - reference_prediction.detach().to(dtype)).square().mean()
-    return policy_loss + kl_weight * kl, metrics | {"kl": kl.detach()}
+    distance = (prediction.to(dtype) - reference_prediction.detach().to(dtype)).square().mean()
+    if pull == "gaussian":
+        if kl is None:
+            raise ValueError("pull=gaussian needs kl: pass reference_kl(...)")
+        distance = kl.mean()
+    return policy_loss + kl_weight * distance, metrics | {"kl": distance.detach()}

@@ -51,6 +51,7 @@ class Policy(ABC):
         self.process = process
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # a trainer's mixed precision
         self.decode_batch_size = 32
+        self.calls = 0  # of the network so far, counted in pictures: a guided prediction of 8 pictures is 16
         self.lora: LoraConfig | None = None
         self._prompts = PromptCache(self._encode_prompts)
         self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
@@ -114,6 +115,7 @@ class Policy(ABC):
         `detach_unconditional` keeps gradients out of v_uncond (Flow-GRPO's code).
         """
         times = torch.as_tensor(time, device=x.device).expand(len(x))
+        self.calls += len(x) * (2 if guidance > 1 else 1)
         with self.autocast():
             if guidance <= 1:
                 return self._forward(x.to(self.dtype), times, conditioning.positive)

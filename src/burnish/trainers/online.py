@@ -94,7 +94,7 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
 def one_round(session: Session) -> dict[str, float]:
     """Prompts, rollout, reward, advantage, updates: one round of online learning, and what there is to say of it."""
     config, policy, accelerator = session.config, session.policy, session.accelerator
-    clock = [time.perf_counter()]
+    clock, called = [time.perf_counter()], policy.calls
     batch = deal(session.stream, session.round, config, accelerator)
     policy.autocast = lambda: accelerator.autocast()
     rollout, plan = collect(session, batch)
@@ -120,6 +120,7 @@ def one_round(session: Session) -> dict[str, float]:
         **{f"rewards/{name}/mean": part.mean().item() for name, part in parts.items()},
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "trained_samples": float(len(experience) * accelerator.num_processes),
+        "network_calls": session.everywhere(torch.tensor([policy.calls - called])).sum().item(),
         "diversity/pixels": group_distance(session.everywhere(thumbnails(images)).cpu(), everyone).item(),
         "diversity/latents": group_distance(session.everywhere(thumbnails(rollout.latents)).cpu(), everyone).item(),
         **metrics,
@@ -153,7 +154,7 @@ def collect(session: Session, batch: Deal) -> tuple[Rollout, Plan]:
 
 def credit(session: Session, batch: Deal, plan: Plan, rollout: Rollout, rewards: Tensor) -> Experience:
     """Advantages of this process' samples, and only the samples that are worth training on."""
-    config, accelerator = session.config, session.accelerator
+    config = session.config
     paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
     prompts = [prompt["prompt"] for prompt in session.stream.round(session.round)]
     peers = session.everywhere(session.collector.peers(batch, plan))
@@ -163,7 +164,8 @@ def credit(session: Session, batch: Deal, plan: Plan, rollout: Rollout, rewards:
         prompts=[prompts[group] for group in session.everywhere(batch.groups).tolist()],
         nodes=session.everywhere(plan.streams[:, 1:]),
         rollout=rollout,
-        mine=lambda values: values.chunk(accelerator.num_processes)[accelerator.process_index],
+        mine=session.mine,
+        everywhere=session.everywhere,
     )
     advantages = session.rule(scored)
     experience = Experience(rollout, rewards, advantages)

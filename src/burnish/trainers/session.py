@@ -56,6 +56,10 @@ class Session:
         gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
         return gathered
 
+    def mine(self, values: Tensor) -> Tensor:
+        """This process' share of what `everywhere` gave."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
     def state(self) -> dict[str, Any]:
         return {
             "round": self.round,
@@ -63,6 +67,7 @@ class Session:
             "behaviour": self.behaviour,
             "prompts": self.stream.state_dict(),
             "rule": self.rule.state_dict(),
+            "replay": {name: self.everywhere(tensor) for name, tensor in self.replay.state_dict().items()},
             "rng": checkpoint.rng_state(),
         }
 
@@ -72,6 +77,7 @@ class Session:
         self.behaviour = {name: tensor.to(self.accelerator.device) for name, tensor in state["behaviour"].items()}
         self.stream.load_state_dict(state["prompts"])
         self.rule.load_state_dict(state["rule"])
+        self.replay.load_state_dict({name: self.mine(tensor) for name, tensor in state["replay"].items()})
         checkpoint.restore_rng_state(state["rng"])
 
 
