@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.advantages import PerPromptTracker, group_relative, group_std
+from burnish.advantages import PerPromptTracker, by_depth, group_relative, group_std, selected, win_rate
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 2.0, 30.0, 20.0], dtype=torch.float64)
 GROUPS = torch.tensor([7, 7, -2, 7, -2, -2])  # any integers, in any order
@@ -147,3 +147,60 @@ def test_a_tracker_refuses_what_cannot_work():
         PerPromptTracker(2, 4)
     with pytest.raises(ValueError, match="1 prompts for 2 rewards"):
         PerPromptTracker(2, 1).update(["a"], torch.zeros(2))
+
+
+# Trees, win rates, and what is worth training on ----------------------------------------------------------------------
+
+
+def test_unbiased_divides_by_one_less():
+    rewards, groups = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1])
+    told = group_relative(rewards, groups, eps=1e-8, std="group", unbiased=True)
+    torch.testing.assert_close(told, torch.tensor([-1.0, 1.0, 0.0, 0.0]) / math.sqrt(2))
+    overall = group_relative(rewards, groups, eps=0.0, std="global", unbiased=True)
+    torch.testing.assert_close(overall, torch.tensor([-1.0, 1.0, 0.0, 0.0]) / rewards.std())
+
+
+def test_a_step_is_credited_with_the_leaves_behind_it():
+    # One tree of four leaves that splits at depth 0 (two nodes) and depth 1 (four). Means at depth 0: 1 and 6.
+    rewards, nodes = torch.tensor([0.0, 2.0, 4.0, 8.0]), torch.tensor([[7, 1], [7, 2], [9, 3], [9, 4]])
+    told = by_depth(rewards, torch.zeros(4).long(), nodes)
+    torch.testing.assert_close(told[:, 0], torch.tensor([-1.0, -1.0, 1.0, 1.0]) / math.sqrt(2))
+    torch.testing.assert_close(told[:, 1], (rewards - 3.5) / rewards.std())
+
+
+def test_trees_are_told_apart_and_a_depth_of_one_node_teaches_nothing():
+    rewards, trees = torch.tensor([0.0, 2.0, 10.0, 12.0]), torch.tensor([5, 5, 3, 3])
+    told = by_depth(rewards, trees, torch.tensor([[1, 11], [1, 12], [2, 13], [2, 14]]))
+    assert told[:, 0].tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(told[:, 1], torch.tensor([-1.0, 1.0, -1.0, 1.0]) / math.sqrt(2))
+
+
+def test_an_unbalanced_tree_counts_each_node_once():
+    # Depth 0: node 1 has three leaves (mean 3), node 2 one (mean 9): mean 6, std (n - 1) sqrt(18).
+    told = by_depth(torch.tensor([2.0, 3.0, 4.0, 9.0]), torch.zeros(4).long(), torch.tensor([[1], [1], [1], [2]]))
+    torch.testing.assert_close(told[:, 0], torch.tensor([-3.0, -3.0, -3.0, 3.0]) / math.sqrt(18))
+
+
+def test_a_win_rate_is_the_share_of_the_group_that_is_beaten():
+    rewards, groups = torch.tensor([0.1, 0.1, 5.0, 9.0, 7.0]), torch.tensor([0, 0, 0, 1, 2])
+    assert win_rate(rewards, groups).tolist() == [0.25, 0.25, 1.0, 0.5, 0.5]  # a tie is half a win; alone it is 1/2
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+def test_win_rates_of_a_group_have_mean_one_half_and_know_no_scale(values):
+    rewards = torch.tensor(values, dtype=torch.float64)
+    groups = torch.zeros(len(values), dtype=torch.long)
+    won = win_rate(rewards, groups)
+    assert won.mean().item() == pytest.approx(0.5)
+    assert torch.equal(won, win_rate(rewards * 8, groups))
+
+
+def test_selection_drops_what_teaches_nothing_and_keeps_the_extremes():
+    advantages = torch.tensor([0.0, 0.0, 2.0, -1.0, 1.0, -2.0])
+    peers = torch.tensor([0, 0, 1, 1, 1, 1])
+    assert selected(advantages, peers, drop_zero=False).all()
+    assert selected(advantages, peers, drop_zero=True).tolist() == [False, False, True, True, True, True]
+    assert selected(advantages, peers, drop_zero=True, extremes=2).tolist() == [False, False, True, False, False, True]
+    assert selected(advantages, peers, drop_zero=False, extremes=3).tolist() == [True, True, True, False, True, True]
+    steps = torch.stack([advantages, 0 * advantages], dim=1)  # one a step: the sum of their sizes, and their mean
+    assert selected(steps, peers, drop_zero=True, extremes=2).tolist() == [False, False, True, False, False, True]

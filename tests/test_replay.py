@@ -10,8 +10,8 @@ from transformers import CLIPTextModelWithProjection
 from burnish.objectives import diffusion_nft, flow_grpo
 from burnish.policies import LoraConfig, Policy, load_policy
 from burnish.processes import FlowSDE
-from burnish.replay import Experience, ForwardProcess, StoredTransitions
-from burnish.rollout import Rollout, sample
+from burnish.replay import Buffer, Experience, ForwardProcess, StoredTransitions, penalty
+from burnish.rollout import Plan, Rollout, sample
 from burnish.worlds.shapes import pipelines
 
 PROMPTS, SEEDS = ["a red circle", "two blue squares", "a cross above a circle"], [11, 5, 8]
@@ -132,6 +132,20 @@ def test_kl_is_zero_at_the_reference_and_of_the_form_asked_for():
         assert all(kl == 0 for form in ("code", "exact", "k3") for kl in kls(kl_form=form))
 
 
+@pytest.mark.parametrize("form", ["exact", "code"])
+def test_a_penalty_is_the_kl_of_each_step_in_the_losses_form(form):
+    flow = build("flow")
+    plan = Plan(flow.grid(5), torch.tensor(SEEDS)[:, None].expand(-1, 6), torch.tensor([1, 2, 3]), 2)
+    rollout = sample(
+        flow, PROMPTS, steps=5, seeds=SEEDS, sampler=FlowSDE(), plan=plan, keep="trajectory", reference_kl=True
+    )
+    told, steps = penalty(StoredTransitions(kl_form=form), rollout), rollout.grid.times[:-1] - rollout.grid.next_times
+    if form == "exact":
+        assert torch.equal(told, rollout.kl)
+    else:
+        torch.testing.assert_close(told, rollout.kl * steps[torch.tensor([[1, 2], [2, 3], [3, 4]])])
+
+
 def test_detaching_the_unconditional_branch_is_an_option_and_the_default(flow):
     rollout = rollout_of(flow, 2, "trajectory", guidance=4.5)
 
@@ -181,6 +195,117 @@ def test_an_objective_is_handed_what_its_arguments_name(flow):
         )
     assert all((old_kl > 0).all() for *_, old_kl in seen)
     assert len(apart) == len(seen)
+
+
+@pytest.mark.parametrize("skip_last", [False, True])
+def test_shuffled_steps_are_each_samples_own_and_the_ratio_stays_one(policy, skip_last):
+    def objective(log_prob, old_log_prob, std, advantages):
+        seen.append((old_log_prob, std))
+        assert torch.equal(log_prob, old_log_prob)
+        return log_prob.sum(), {}
+
+    seen: list = []
+    with policy.weights(weights_of(policy)):
+        rollout = rollout_of(policy, 5, "trajectory")
+    replay = StoredTransitions(timestep_fraction=1.0, shuffle_timesteps=True, skip_last=skip_last)
+    told = Experience(rollout, ADVANTAGES, ADVANTAGES)
+    assert len(list(replay.losses(policy, told, {}, objective))) == replay.calls(5) == 5 - skip_last
+    scored = torch.stack([old for old, _ in seen], dim=1)
+    stored = rollout.log_probs[:, : 5 - skip_last]
+    assert torch.equal(scored.sort(dim=1).values, stored.sort(dim=1).values)  # each step once
+    assert len({tuple(row.argsort().tolist()) for row in scored}) > 1  # in orders that differ
+    assert all(len(std.unique()) > 1 for _, std in seen[:1])
+
+
+def test_a_step_has_its_own_advantage_where_there_is_one_for_each(flow):
+    def objective(log_prob, advantages):
+        seen.append(advantages)
+        return log_prob.sum(), {}
+
+    seen: list = []
+    rollout, told = rollout_of(flow, 4, "trajectory"), torch.arange(12.0).view(3, 4)
+    list(StoredTransitions(timestep_fraction=1.0).losses(flow, Experience(rollout, ADVANTAGES, told), {}, objective))
+    assert torch.equal(torch.stack(seen, dim=1), told)
+    seen.clear()
+    picked = Experience(rollout, ADVANTAGES, told, slots=torch.tensor([3, 0, 1]))
+    list(StoredTransitions().losses(flow, picked, {}, objective))
+    assert torch.equal(seen[0], torch.tensor([3.0, 4.0, 9.0]))
+
+
+def test_the_steps_of_a_window_are_scored_at_their_place_in_the_grid(flow):
+    def objective(log_prob, old_log_prob, dt, advantages):
+        assert torch.equal(log_prob, old_log_prob)
+        lengths.append(dt)
+        return log_prob.sum(), {}
+
+    lengths: list = []
+    for first in ([2, 2, 2], [0, 3, 1]):
+        plan = Plan(flow.grid(5), torch.tensor(SEEDS)[:, None].expand(-1, 6), torch.tensor(first), 2)
+        with flow.weights(weights_of(flow)):
+            rollout = sample(flow, PROMPTS, steps=5, seeds=SEEDS, sampler=FlowSDE(), plan=plan, keep="trajectory")
+        lengths.clear()
+        list(StoredTransitions(timestep_fraction=1.0).losses(
+            flow, Experience(rollout, ADVANTAGES, ADVANTAGES), {}, objective))  # fmt: skip
+        steps = rollout.grid.next_times - rollout.grid.times[:-1]
+        for slot, dt in enumerate(lengths):
+            torch.testing.assert_close(dt, steps[torch.tensor(first) + slot])
+
+
+# The replay buffer ----------------------------------------------------------------------------------------------------
+
+
+def remembered(flow: Policy, seed: int, steps: int = 4) -> Experience:
+    seeds = [seed, seed + 1, seed + 2]
+    rollout = sample(flow, PROMPTS, steps=steps, seeds=seeds, sampler=FlowSDE(), keep="trajectory")
+    return Experience(rollout, torch.full((3,), float(seed)), torch.full((3, steps), float(seed)))
+
+
+def test_a_buffer_mixes_rounds_and_forgets_the_oldest(flow):
+    buffer = Buffer(timestep_fraction=1.0, capacity=24, micro_batches=3)
+    rounds = [remembered(flow, seed) for seed in (10, 20, 30)]
+    for number, experience in enumerate(rounds):
+        updates = list(buffer.updates(experience, 2, 8))
+        assert [[len(part) for part in update] for update in updates] == [[8, 8, 8]] * 2
+        seen = {float(reward) for update in updates for part in update for reward in part.rewards}
+        assert seen == [{10.0}, {10.0, 20.0}, {20.0, 30.0}][number]  # six chains of four steps, three a round
+    first = updates[0]
+    drawn = {(seed, int(slot)) for part in first for seed, slot in zip(part.rollout.seeds, part.slots, strict=True)}
+    assert len(drawn) == 24  # all 24 steps once: without replacement
+    part = first[0]
+    for row, (seed, slot) in enumerate(zip(part.rollout.seeds, part.slots.tolist(), strict=True)):
+        source = next(e for e in rounds if seed in e.rollout.seeds).rollout
+        here = source.seeds.index(seed)
+        assert torch.equal(part.rollout.trajectory[row], source.trajectory[here])
+        name = next(iter(source.conditioning.positive))
+        assert torch.equal(part.rollout.conditioning.positive[name][row], source.conditioning.positive[name][here])
+        assert 0 <= slot < 4
+
+
+def test_a_buffers_steps_have_the_ratio_of_the_policy_that_took_them(flow):
+    buffer, ratios = Buffer(timestep_fraction=1.0, micro_batches=1), []
+
+    def objective(log_prob, old_log_prob, advantages):
+        ratios.append((log_prob - old_log_prob).abs().max())
+        return log_prob.sum(), {}
+
+    with flow.weights(weights_of(flow)):
+        experience = remembered(flow, 5)
+    for (part,) in buffer.updates(experience, 2, 3):
+        assert len(list(buffer.losses(flow, part, {}, objective))) == buffer.calls(4) == 1
+    assert max(ratios) < 1e-5
+
+
+def test_a_buffer_resumes_from_its_state(flow):
+    whole, before, after = (Buffer(micro_batches=2) for _ in range(3))
+    first, second = remembered(flow, 1), remembered(flow, 4)
+    for buffer in (whole, before):
+        list(buffer.updates(first, 1, 4))
+    after.load_state_dict({name: tensor.clone() for name, tensor in before.state_dict().items()})
+    for mine, theirs in zip(whole.updates(second, 2, 4), after.updates(second, 2, 4), strict=True):
+        for left, right in zip(mine, theirs, strict=True):
+            assert left.rollout.seeds == right.rollout.seeds
+            assert torch.equal(left.slots, right.slots)
+            assert torch.equal(left.rollout.trajectory, right.rollout.trajectory)
 
 
 def test_nothing_is_computed_that_no_argument_names(flow, monkeypatch):
@@ -294,7 +419,6 @@ def replayed(policy: Policy, rollout: Rollout, calls: int, behaviour=None, **opt
             list(
                 replay.losses(
                     policy,
-                    rollout,
                     Experience(rollout, ADVANTAGES[: len(rollout)], ADVANTAGES[: len(rollout)]),
                     behaviour,
                     objective,

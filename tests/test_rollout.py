@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -5,7 +7,7 @@ from transformers import CLIPTextModelWithProjection
 
 from burnish.policies import LoraConfig, Policy, load_policy
 from burnish.processes import CPS, DPM2, DanceSDE, FlowSDE
-from burnish.rollout import sample
+from burnish.rollout import Plan, sample
 from burnish.worlds.shapes import pipelines
 
 PROMPTS, SEEDS = ["a red circle", "two blue squares", "a cross above a circle"], [11, 5, 8]
@@ -169,3 +171,104 @@ def test_one_seed_for_each_prompt(policy):
         sample(policy, PROMPTS, steps=2, seeds=SEEDS[:2])
     with pytest.raises(ValueError, match="0 prompts"):
         sample(policy, [], steps=2, seeds=[])
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def planned(policy, kind, streams, first=(0, 0, 0), length=4, batch_size=None, prompts=None, **options):
+    plan = Plan(policy.grid(4), torch.tensor(streams), torch.tensor(first), length)
+    told = {"sampler": NOISY[kind], "keep": "trajectory", "plan": plan, "batch_size": batch_size} | options
+    return sample(policy, prompts or PROMPTS, steps=4, seeds=SEEDS, **told)
+
+
+def test_a_window_keeps_its_steps_and_the_solver_takes_the_rest(policy, kind):
+    windowed = planned(policy, kind, [[seed] * 5 for seed in SEEDS], first=(1, 1, 1), length=2)
+    assert windowed.trajectory.shape[:2] == (3, 3)
+    assert windowed.log_probs.shape == (3, 2)
+    assert windowed.kept == 2
+    x = windowed.trajectory[:, 0]
+    with torch.no_grad():
+        first = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s)) for s in SEEDS])
+        ode, grid, told = policy.process.deterministic, windowed.grid, windowed.conditioning
+        before = policy.process.transition(grid, 0, first, policy.predict(first, grid.times[0], told), ode).mean
+        last = windowed.trajectory[:, -1]
+        after = policy.process.transition(grid, 3, last, policy.predict(last, grid.times[3], told), ode).mean
+    close(before, x)
+    close(after, windowed.latents)
+
+
+def test_each_sample_may_have_its_noise_in_another_step(policy, kind):
+    streams = [[seed] * 5 for seed in SEEDS]
+    mixed = planned(policy, kind, streams, first=(0, 2, 1), length=1)
+    for row, step in enumerate((0, 2, 1)):
+        alone = planned(policy, kind, streams, first=(step,) * 3, length=1)
+        close(mixed.latents[row], alone.latents[row])
+        close(mixed.trajectory[row], alone.trajectory[row])
+        torch.testing.assert_close(mixed.log_probs[row], alone.log_probs[row], rtol=1e-4, atol=1e-4)
+
+
+def test_samples_whose_noise_agrees_are_one_until_it_parts_and_are_computed_once(policy, kind, monkeypatch):
+    prompts, rows = ["a red circle"] * 3, []
+    forward = policy._forward
+    monkeypatch.setattr(policy, "_forward", lambda x, *told: rows.append(len(x)) or forward(x, *told))
+    streams = [[7, 8, 1, 1, 1], [7, 8, 2, 2, 2], [7, 9, 3, 3, 3]]
+    tree = planned(policy, kind, streams, batch_size=1, prompts=prompts)
+    assert rows == [1] * (1 + 2 + 3 + 3)
+    assert torch.equal(tree.trajectory[0, :2], tree.trajectory[1, :2])
+    assert torch.equal(tree.trajectory[0, 0], tree.trajectory[2, 0])
+    for other, index in ((1, 2), (2, 1)):
+        assert not torch.allclose(tree.trajectory[0, index], tree.trajectory[other, index], atol=1e-2)
+    apart = planned(policy, kind, streams, batch_size=1, prompts=["a red circle", "two blue squares", "a cross"])
+    assert not torch.allclose(apart.trajectory[0, 1], apart.trajectory[1, 1], atol=1e-6)  # other prompts, other chains
+
+
+def test_a_tree_is_what_its_leaves_are_alone_in_the_same_calls(policy, kind):
+    prompts = ["a red circle"] * 3
+    streams = [[7, 8, 1, 1, 1], [7, 8, 2, 2, 2], [7, 9, 3, 3, 3]]
+    tree = planned(policy, kind, streams, prompts=prompts)
+    for row in range(3):
+        alone = planned(policy, kind, [streams[row]] * 3, prompts=prompts)
+        assert torch.equal(alone.trajectory[0], alone.trajectory[2])
+        close(alone.trajectory[0], tree.trajectory[row])
+
+
+def test_a_solver_that_looks_back_goes_on_after_a_window():
+    policy = build("flow")
+    options = {"streams": [[seed] * 5 for seed in SEEDS], "first": (0, 0, 0), "length": 1}
+    euler, second = (planned(policy, "flow", solver=solver, **options) for solver in (None, DPM2()))
+    assert torch.equal(euler.trajectory, second.trajectory)
+    assert not torch.equal(euler.latents, second.latents)
+
+
+def test_the_kl_of_each_kept_step_is_to_the_reference(kind):
+    policy = build(kind)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    rollout = planned(policy, kind, [[seed] * 5 for seed in SEEDS], first=(1, 1, 1), length=2, reference_kl=True)
+    with torch.no_grad():
+        for slot, index in enumerate((1, 2)):
+            x, time, told = rollout.trajectory[:, slot], rollout.grid.times[index], rollout.conditioning
+            predictions = (predict(x, time, told) for predict in (policy.predict, partial(reference_of, policy)))
+            mine, base = (
+                policy.process.transition(rollout.grid, index, x, prediction, rollout.sampler)
+                for prediction in predictions
+            )
+            torch.testing.assert_close(rollout.kl[:, slot], mine.kl(base), rtol=1e-4, atol=1e-7)
+    assert (rollout.kl > 0).all()
+
+
+def reference_of(policy, x, time, conditioning):
+    with policy.reference():
+        return policy.predict(x, time, conditioning)
+
+
+def test_picking_rows_copies_them_in_order_and_may_repeat_them(policy, kind):
+    rollout = sample(policy, PROMPTS, steps=2, seeds=SEEDS, sampler=NOISY[kind], keep="trajectory")
+    picked = rollout.pick(torch.tensor([2, 0, 2]))
+    assert picked.prompts == (PROMPTS[2], PROMPTS[0], PROMPTS[2])
+    assert picked.seeds == (8, 11, 8)
+    assert torch.equal(picked.trajectory, rollout.trajectory[[2, 0, 2]])
+    name = next(iter(rollout.conditioning.positive))
+    assert torch.equal(picked.conditioning.positive[name], rollout.conditioning.positive[name][[2, 0, 2]])

@@ -12,13 +12,32 @@ from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from burnish import algorithms as table
 from burnish.errors import UserError
 from burnish.trainers import online
 
 ALGORITHMS = ("flow_grpo", "diffusion_nft")
+# What the smallest run of a row needs to be set, on a flow of 3 steps with 4 pictures a prompt.
+SMALL = {
+    "flow_cps": {"rollout": {"sampler": "cps"}},
+    "flow_grpo_fast": {"collector": {"size": 2, "high": 3}},
+    "flow_dppo": {"collector": {"size": 2, "high": 3}},
+    "tempflow_grpo": {"collector": {"branches": 2}},
+    "branch_grpo": {"collector": {"splits": [0, 1]}},
+    "ddpo": {"advantages": {"buffer_size": 8, "min_count": 4}},
+    "dpok": {"replay": {"capacity": 24, "micro_batches": 2}},
+}
 EVERY_ROUND = {
     *("reward", "reward_std", "frac_reward_zero_std", "diversity/pixels", "diversity/latents", "loss", "policy_loss"),
-    *("kl", "ratio/first_deviation", "grad_norm", "learning_rate", "skipped_updates"),
+    *(
+        "kl",
+        "ratio/first_deviation",
+        "grad_norm",
+        "learning_rate",
+        "skipped_updates",
+        "network_calls",
+        "trained_samples",
+    ),
     *("seconds/rollout", "seconds/reward", "seconds/update"),
 }
 OF_RATIOS = {"ratio/max_deviation", "approx_kl", *(f"clip_ratio/{which}_mean" for which in ("region", "low", "high"))}
@@ -35,8 +54,10 @@ def _accelerate_forgets():
 def config(tiny_recipe, tmp_path):
     def make(algorithm: str = "diffusion_nft", **settings) -> online.OnlineConfig:
         base = {"output_dir": str(tmp_path / "run"), "algorithm": algorithm}
-        path = tmp_path / "recipe.yaml"
-        OmegaConf.save(OmegaConf.merge(OmegaConf.create(tiny_recipe), base, settings), path)
+        path, recipe = tmp_path / "recipe.yaml", OmegaConf.create(tiny_recipe)
+        if algorithm not in ALGORITHMS:
+            del recipe["objective"]  # their setting
+        OmegaConf.save(OmegaConf.merge(recipe, base, settings), path)
         return online.load(path)
 
     return make
@@ -68,6 +89,73 @@ def test_a_run_leaves_what_a_run_directory_holds(config, algorithm):
     assert online.load(run / "config.yaml") == online.load(run.parent / "recipe.yaml")
     saved = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("algorithm", sorted(set(table.ALGORITHMS) - set(ALGORITHMS)))
+def test_every_row_trains_and_its_first_ratio_is_exactly_one(config, algorithm):
+    settings = {"updates_per_round": 2, "batch_size": 4, "rollout": {"guidance": 2.0}}
+    run = online.train(config(algorithm, **OmegaConf.merge(settings, SMALL.get(algorithm, {}))))
+    told = rows(run)
+    assert [row["step"] for row in told] == [0, 1, 2]
+    for row in told[1:]:
+        assert row.keys() >= EVERY_ROUND - {"kl", "policy_loss"}
+        assert row["ratio/first_deviation"] == 0 or not table.ALGORITHMS[algorithm].replay.func.fresh
+        assert row["grad_norm"] > 0
+        assert row["network_calls"] > 0
+    saved = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_samples_that_teach_nothing_are_left_out(config, tmp_path):
+    (tmp_path / "some.py").write_text(
+        "def some(images, prompts, metadata):\n"
+        "    red = images[:, 0].mean((1, 2))\n"
+        "    return [float(value) if 'red' in prompt else 1.0 for value, prompt in zip(red, prompts)]\n"
+    )
+    settings = {"reward": f"{tmp_path / 'some.py'}:some", "batch_size": 4, "advantages": {"std": "group"}}
+    plain, dropped, best = (
+        rows(online.train(config("flow_grpo", **settings, **more, output_dir=str(tmp_path / name))))[1]
+        for name, more in {
+            "plain": {},
+            "dropped": {"drop_zero_advantages": True},
+            "best": {"drop_zero_advantages": True, "extremes": 2},
+        }.items()
+    )
+    assert plain["frac_reward_zero_std"] == 0.5  # of a round of two red prompts and two others
+    assert (plain["trained_samples"], dropped["trained_samples"], best["trained_samples"]) == (16, 8, 4)
+    assert plain["network_calls"] > dropped["network_calls"] > best["network_calls"]
+
+
+def test_a_kl_in_the_reward_is_paid_by_each_step(config):
+    settings = {"objective": {"kl_weight": 0.0}, "update": {"learning_rate": 1e-2, "ema_decay": 0.0}}
+    free, paid = (online.open_session(config("flow_grpo", **settings, kl_reward=weight)) for weight in (0.0, 5.0))
+    for session in (free, paid):
+        online.one_round(session)  # the adapter leaves the base, or there would be no KL
+    for weight, session in ((0.0, free), (5.0, paid)):
+        session.round = 1
+        batch = online.deal(session.stream, 1, session.config, session.accelerator)
+        rollout, plan = online.collect(session, batch)
+        rewards = torch.arange(16.0)
+        told = online.credit(session, batch, plan, rollout, rewards).advantages
+        assert told.shape == ((16, 3) if weight else (16,))
+        if weight:
+            assert not torch.allclose(told[:, 0], told[:, 1])
+
+
+def test_inner_epochs_go_through_the_samples_again(config):
+    told = rows(online.train(config("flow_grpo", inner_epochs=2, objective={"clip": 0.02}, update={"ema_decay": 0.0})))
+    assert told[1]["ratio/first_deviation"] == 0
+    assert told[1]["ratio/max_deviation"] > 0  # the second epoch is off the policy that sampled
+
+
+def test_gradient_checkpointing_and_offloading_change_nothing_but_memory(config, tmp_path):
+    adapters = [
+        online.train(config("flow_grpo", output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, offload=on))
+        / "adapter/pytorch_lora_weights.safetensors"
+        for on in (False, True)
+    ]
+    plain, saving = map(load_file, adapters)
+    assert max((plain[name] - saving[name]).abs().max() for name in plain) < 1e-6
 
 
 def test_parts_of_the_reward_and_held_out_accuracy_are_told(config, tmp_path):

@@ -53,7 +53,8 @@ class Policy(ABC):
         self.decode_batch_size = 32
         self.calls = 0  # of the network so far, counted in pictures: a guided prediction of 8 pictures is 16
         self.lora: LoraConfig | None = None
-        self._prompts = PromptCache(self._encode_prompts)
+        self.offloaded = False
+        self._prompts = PromptCache(self._encode_awake)
         self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
         self._merging = False
 
@@ -125,11 +126,49 @@ class Policy(ABC):
             unconditional = unconditional.detach()
         return unconditional + guidance * (conditional - unconditional)
 
+    def save_memory(self, *, checkpointing: bool, offload: bool) -> None:
+        """`checkpointing`: the network computes its activations again in the backward pass. `offload`: VAE and text
+        encoders are in main memory, and on the network's device only while they are called.
+
+        Raises UserError for checkpointing with a merged adapter: what is computed again would be without it.
+        """
+        if checkpointing and self._merged:
+            raise UserError("gradient_checkpointing does not go with lora.merged: set lora.merged=false")
+        if checkpointing:
+            self.module.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        self.offloaded = offload
+        if offload:
+            for module in [self.pipeline.vae, *self._text_encoders()]:
+                module.to("cpu")
+
+    def _text_encoders(self) -> list[nn.Module]:
+        named = self.pipeline.components.items()
+        return [module for name, module in named if name.startswith("text_encoder") and module is not None]
+
+    @contextmanager
+    def _awake(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, modules that wait in main memory are on the network's device."""
+        if not self.offloaded:
+            yield
+            return
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def _encode_awake(self, prompts: list[str]) -> dict[str, Tensor]:
+        with self._awake(*self._text_encoders()):
+            return self._encode_prompts(prompts)
+
     def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 height width"]:
         """Pictures in [0, 1], fp32, decoded in slices of `decode_batch_size`."""
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        slices = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(self.decode_batch_size)]
+        with self._awake(vae):
+            slices = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(self.decode_batch_size)]
         return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
 
     def encode_images(
@@ -137,7 +176,8 @@ class Policy(ABC):
     ) -> Float[Tensor, "batch *latent"]:
         """Scaled latents of pictures in [0, 1]; a VAE with a posterior is sampled from with `generator`."""
         vae = self.pipeline.vae
-        encoded = vae.encode((images * 2 - 1).to(vae.dtype))
+        with self._awake(vae):
+            encoded = vae.encode((images * 2 - 1).to(vae.dtype))
         latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 

@@ -96,6 +96,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         detector = load_callable(config.evaluation.detector, "detector")
     torch.manual_seed(config.seed)  # the adapter's first weights
     policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
+    policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
     collector, replay = row.collector(**config.collector), row.replay(**config.replay)
