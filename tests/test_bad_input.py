@@ -136,6 +136,7 @@ SETTINGS = {
     "negative steps": ("rollout.steps=-1", "rollout.steps=-1", "greater than 0"),
     "no rounds": ("rounds=0", "rounds=0", "greater than 0"),
     "a group of one": ("num_generations=1", "num_generations=1", "greater than 1"),
+    "no adapter, which methods with a reference need": ("lora=null", "lora=null", "section"),
     "negative learning rate": ("update.learning_rate=-1e-3", "update.learning_rate", "greater than 0"),
     "unquoted no": ("mixed_precision=no", "mixed_precision=false", "quote the word"),
     "unknown algorithm": ("algorithm=flow_gpro", "algorithm=flow_gpro", "did you mean flow_grpo?"),
@@ -215,13 +216,25 @@ def test_a_bad_recipe(burnish, shelf, case):
     [
         (["model={shelf}/other_family"], "does not train a DDIMPipeline; it trains StableDiffusion"),
         (["model={shelf}/ddpm"], "DiffusionNFT needs a rectified_flow"),
-        (["model={shelf}/ddpm", "algorithm=flow_grpo"], "Flow-GRPO needs a rectified_flow"),
+        (["model={shelf}/ddpm", "algorithm=flow_grpo"], "set kl_form=exact"),
+        (["model={shelf}/ddpm", "algorithm=flow_grpo", "rollout.sampler=dance"], "sampler=dance is for flow models"),
         (["algorithm=flow_grpo", "rollout.sampler=ode"], "rollout.sampler=ode"),
         (["algorithm=flow_grpo", "rollout.noise_level=0"], "noise"),
+        (["algorithm=flow_grpo", "objective.clip=0"], "objective.clip=0: must be greater than 0"),
+        (["algorithm=flow_cps"], "set rollout.sampler=cps (it is sde)"),
+        (["kl_reward=0.1"], "DiffusionNFT stores no steps that could have a KL"),
+        (["rollout.steps=1001"], "has 1000 times"),
+        (["algorithm=branch_grpo"], "collector.splits=[0, 3, 6, 9]"),
+        (["algorithm=branch_grpo", "collector.splits=[0]"], "set num_generations to that"),
+        (["algorithm=tempflow_grpo"], "collector.branches=6"),
+        (["algorithm=mix_grpo", "rollout.steps=10", "collector.low=9"], "it needs low < high <= steps"),
+        (["gradient_checkpointing=true", "lora.merged=true"], "set lora.merged=false"),
         (["lora.merged=true", "weight_dtype=bfloat16"], "lora.merged"),
     ],
 )
 def test_an_algorithm_that_does_not_fit(burnish, shelf, other_family, settings, expected):
+    if (recipe := burnish.folder / "recipe.yaml") and any("algorithm=" in setting for setting in settings):
+        recipe.write_text(recipe.read_text().replace("objective: {kl_weight: 0.02}\n", ""))  # DiffusionNFT's
     refused(burnish.train(*(setting.format(shelf=shelf) for setting in settings)), expected)
     assert not (burnish.folder / "run").exists()
 

@@ -15,12 +15,12 @@ import typer
 import yaml
 
 from burnish import cli
-from burnish.advantages import group_relative
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
 from burnish.trainers import online, session
+from burnish.trainers.settings import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -184,26 +184,52 @@ def values(config, prefix: str = "") -> dict[str, object]:
 
 
 def test_the_configuration_page_has_every_setting_with_its_default():
-    settings = from_signature(group_relative, "advantages").model_fields
-    expected = values(online.OnlineConfig) | {f"advantages.{name}": one.default for name, one in settings.items()}
+    expected = values(online.OnlineConfig)
     told = {name: str(yaml.safe_load(default)) for name, default in table("configuration.md").items()}
     read = {name: float(text) if isinstance(expected.get(name), float) else text for name, text in told.items()}
     wanted = {name: value if isinstance(value, float) else str(value) for name, value in expected.items()}
     assert read == {**wanted, "mixed_precision": "False"}  # YAML's no
 
 
+def default_in(cell: str, like: object) -> object:
+    """The default that stands first in a cell, `in backticks` or as a word, as a value of the type of `like`."""
+    match = re.match(r"`([^`]+)`|([^\s,]+)", cell)
+    assert match, cell
+    text = match[1] or match[2]
+    if isinstance(like, float):
+        return float(text)  # YAML takes 1e-4 for text
+    value = yaml.safe_load(text)
+    return tuple(value) if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithms_page_has_every_setting_with_its_default(name):
+    """And no other."""
     row, told = ALGORITHMS[name], table(f"algorithms/{name}.md")
-    for section, function in (("objective", row.objective), ("replay", row.replay)):
-        for setting, one in from_signature(function, section).model_fields.items():
-            default = told[f"{section}.{setting}"].strip("`").split()[0].strip("`,")
-            assert yaml.safe_load(default) == one.default or float(default) == one.default, setting
+    expected = {
+        f"{section}.{setting}": one.default
+        for section in SECTIONS
+        for setting, one in from_signature(getattr(row, section), section).model_fields.items()
+    }
+    assert {setting for setting in told if setting.partition(".")[0] in SECTIONS} == set(expected)
+    for setting, default in expected.items():
+        found = default_in(told[setting], default)
+        assert (type(found), found) == (type(default), default), setting
 
 
-@pytest.mark.parametrize("sampler", ["sde", "ode"])
-def test_the_metrics_page_has_every_metric_that_a_run_logs(sampler, tiny_recipe, tmp_path):
-    algorithm = {"sde": "flow_grpo", "ode": "diffusion_nft"}[sampler]
+# An algorithm for each set of metrics that objectives have, and what its recipe needs.
+LOGGED = {
+    "flow_grpo": {"objective": {"kl_weight": 0.01}},
+    "diffusion_nft": {"objective": {"kl_weight": 0.01}},
+    "awm": {"objective": {"kl_weight": 0.01}},
+    "dpok": {"replay": {"micro_batches": 1}},
+    "ddpo_sf": {},
+    "rwr": {},
+}
+
+
+@pytest.mark.parametrize("algorithm", LOGGED)
+def test_the_metrics_page_has_every_metric_that_a_run_logs(algorithm, tiny_recipe, tmp_path):
     line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     (tmp_path / "held_out.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "parts.py").write_text(
@@ -217,20 +243,22 @@ def test_the_metrics_page_has_every_metric_that_a_run_logs(sampler, tiny_recipe,
         "reward": f"{tmp_path / 'parts.py'}:parts",
         "rounds": 1,
         "output_dir": str(tmp_path / "run"),
-        "rollout": {"steps": 3, "guidance": 1.0, "sampler": sampler},
-        "objective": {"kl_weight": 0.01},
+        "rollout": {"steps": 3, "guidance": 1.0, "sampler": "sde"},
+        "objective": {},
         "evaluation": {
             "steps": 2,
             "images_per_prompt": 1,
             "prompts": str(tmp_path / "held_out.jsonl"),
             "detector": "burnish.worlds.shapes:detect",
         },
+        **LOGGED[algorithm],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run = online.train(online.load(tmp_path / "recipe.yaml"))
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row} - {"step"}
-    assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "kl"} <= logged
+    assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "network_calls"} <= logged
+    assert ("kl" in logged) == (algorithm not in ("ddpo_sf", "rwr"))
     general = re.compile(r"(?<=^rewards/)[^/]+(?=/mean$)"), re.compile(r"(?<=^eval/accuracy/)[^/]+$")
     bounds = re.compile(r"(?<=^eval/accuracy_low/)[^/]+$"), re.compile(r"(?<=^eval/accuracy_high/)[^/]+$")
     named = map(partial(general[0].sub, "<name>"), logged)

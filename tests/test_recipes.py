@@ -52,6 +52,15 @@ def test_its_parts_fit_together(name):
         assert callable(load_callable(config.reward))
 
 
+SMALLER = {  # what two steps and groups of two are too few for
+    "flow_grpo_fast": {"rollout.steps": 6},
+    "flow_dppo": {"rollout.steps": 6},
+    "mix_grpo": {"rollout.steps": 6},
+    "tempflow_grpo": {"collector.branches": 2},
+    "branch_grpo": {"collector.splits": "[0]"},
+}
+
+
 @each_recipe
 def test_it_takes_a_round(name, tiny_flow, tmp_path):
     """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files."""
@@ -78,11 +87,12 @@ def test_it_takes_a_round(name, tiny_flow, tmp_path):
         "report_to": "[]",
     }
     small |= {"reward": "burnish.worlds.shapes:reward"} if ".py:" in config.reward else {}
+    small |= SMALLER.get(config.algorithm, {})
     small |= {"evaluation.prompts": tmp_path / "prompts.jsonl"} if config.evaluation.prompts else {}
     run = online.train(online.load(name, [f"{key}={value}" for key, value in small.items()]))
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
-    assert rows[1]["ratio/first_deviation"] == 0
+    assert rows[1]["ratio/first_deviation"] == 0 or config.algorithm == "dpok"  # whose buffer mixes its batches
     assert rows[1]["skipped_updates"] == 0
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -100,8 +110,9 @@ def test_sd35_recipes_are_as_published():
         assert config.evaluation.steps == 40
     assert (grpo.rollout.guidance, grpo.rollout.sampler, grpo.rollout.noise_level) == (4.5, "sde", 0.7)
     assert grpo.objective == {"clip": 1e-4, "advantage_clip": 5, "kl_weight": 0.04}
-    assert grpo.replay == {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
-    assert grpo.advantages == {"eps": 1e-4, "std": "global"}
+    whole = {"shuffle_timesteps": False, "skip_last": False}
+    assert grpo.replay == whole | {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
+    assert grpo.advantages == {"eps": 1e-4, "std": "global", "unbiased": False}
     assert grpo.updates_per_round == 2
     assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "dpm2")
     assert nft.objective == {"beta": 1, "kl_weight": 1e-4, "advantage_clip": 5}

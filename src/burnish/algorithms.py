@@ -182,7 +182,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective=partial(objectives.tempflow_grpo, kl_weight=0.004),  # GenEval
         collector=Branches,
         advantages=partial(GroupRelative, std="group"),
-        replay=partial(StoredTransitions, timestep_fraction=1.0),
+        replay=partial(StoredTransitions, kl_form="exact"),  # its KL divides by the whole variance of the step
         trainer="online",
         processes=(FLOW, DDPM),
         paper="https://arxiv.org/abs/2508.04324",

@@ -49,6 +49,10 @@ class Deal:
 
 @runtime_checkable  # for beartype, under test
 class Collector(Protocol):
+    def block(self, group: int) -> int:
+        """How many pictures that follow one another in a group of `group` share so much that they belong together."""
+        ...
+
     def check(self, steps: int, group: int) -> None:
         """Raises UserError where chains of `steps` steps, or groups of `group` pictures, do not suit it."""
         ...
@@ -71,6 +75,9 @@ class Independent:
     """
 
     same_noise: bool = False
+
+    def block(self, group: int) -> int:
+        return 1
 
     def check(self, steps: int, group: int) -> None:
         pass
@@ -102,6 +109,9 @@ class Window:
     high: Annotated[int, Gt(0)] | None = None  # the first that it may not; null: all but the chain's last two
     finish: Annotated[float, Gt(0), Le(1)] = 1.0  # MixGRPO-Flash 0.4
     same_noise: bool = False
+
+    def block(self, group: int) -> int:
+        return 1
 
     def check(self, steps: int, group: int) -> None:
         if not self.low < self._high(steps) <= steps:
@@ -151,6 +161,9 @@ class Branches:
 
     branches: Annotated[int, Gt(1)] = 6
 
+    def block(self, group: int) -> int:
+        return self.branches
+
     def check(self, steps: int, group: int) -> None:
         if group % self.branches:
             raise UserError(
@@ -183,6 +196,9 @@ class Tree:
 
     splits: tuple[int, ...] = (0, 3, 6, 9)  # its 16 leaves of 20 steps
     children: Annotated[int, Gt(1)] = 2
+
+    def block(self, group: int) -> int:
+        return group
 
     def check(self, steps: int, group: int) -> None:
         if list(self.splits) != sorted(set(self.splits)) or not self.splits or not 0 <= self.splits[-1] < steps:

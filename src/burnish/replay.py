@@ -28,13 +28,15 @@ Objective = Callable[..., Loss]
 class Experience:
     """Samples and what they earned: `rewards` [batch]; `advantages` [batch], or [batch, kept], one a stored step.
 
-    `slots` [batch]: the one stored step of each that is to be trained, where a replay has picked it.
+    `slots` [batch]: the one stored step of each that is to be trained, where a replay has picked it. `epoch`: how often
+    the round's samples have been gone through before; what a replay draws for them is drawn anew.
     """
 
     rollout: Rollout
     rewards: Float[Tensor, " batch"]
     advantages: Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
     slots: Int[Tensor, " batch"] | None = None
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -42,11 +44,19 @@ class Experience:
     def part(self, start: int, stop: int) -> "Experience":
         """Samples start..stop, as the same tensors (views)."""
         here = slice(start, stop)
-        return Experience(self.rollout.part(start, stop), self.rewards[here], self.advantages[here])
+        return replace(
+            self, rollout=self.rollout.part(start, stop), rewards=self.rewards[here], advantages=self.advantages[here]
+        )
 
     def pick(self, rows: Int[Tensor, " rows"]) -> "Experience":
         """The samples in `rows`, in that order, copied."""
-        return Experience(self.rollout.pick(rows), self.rewards[rows], self.advantages[rows])
+        return replace(
+            self, rollout=self.rollout.pick(rows), rewards=self.rewards[rows], advantages=self.advantages[rows]
+        )
+
+    def draws(self) -> list[torch.Generator]:
+        """A generator for each sample, by its seed and the epoch, and not the one that made the picture."""
+        return [torch.Generator().manual_seed(seed + 1 + self.epoch) for seed in self.rollout.seeds]
 
 
 @runtime_checkable  # for beartype, under test
@@ -132,14 +142,12 @@ class StoredTransitions(InTurn):
             yield _handed(objective, Transition(self, policy, experience, experience.slots))
             return
         rollout = experience.rollout
-        orders = [self._order(seed, rollout.kept) for seed in rollout.seeds] if self.shuffle_timesteps else []
+        eligible = max(1, rollout.kept - self.skip_last)
+        shuffled = experience.draws() if self.shuffle_timesteps else []
+        orders = [torch.randperm(eligible, generator=generator) for generator in shuffled]
         for call in range(self.calls(rollout.kept)):
             slot = torch.stack([order[call] for order in orders]) if orders else call
             yield _handed(objective, Transition(self, policy, experience, slot))
-
-    def _order(self, seed: int, steps: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed + 1)  # not the one that made the picture
-        return torch.randperm(max(1, steps - self.skip_last), generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,7 @@ class Buffer(StoredTransitions):
         kept = experience.rollout.kept
         steps = super().calls(kept)
         held = self._grown(experience, max(len(experience), self.capacity // kept))
-        generator = torch.Generator().manual_seed(experience.rollout.seeds[0] + 1)
+        generator = experience.draws()[0]
         wanted = self.micro_batches * batch_size
         for _ in range(count):
             order = torch.randperm(len(held) * steps, generator=generator)
@@ -173,7 +181,7 @@ class Buffer(StoredTransitions):
 
     def _grown(self, experience: Experience, chains: int) -> Experience:
         """What is held, with the newest; its oldest chains are dropped."""
-        fresh = _tensors(experience)
+        fresh = {} if experience.epoch else _tensors(experience)
         held = {name: torch.cat([self._held[name].to(new.device), new]) for name, new in fresh.items() if self._held}
         self._held.update({name: tensor[-chains:] for name, tensor in (held or fresh).items()})
         return _experience(self._held, like=experience)
@@ -363,18 +371,17 @@ class ForwardProcess(InTurn):
     ) -> Iterator[Loss]:
         rollout = experience.rollout
         times, shape = rollout.grid.times[: rollout.grid.steps], rollout.latents.shape[1:]
-        levels, noises = zip(*(self._draws(seed, len(times), shape) for seed in rollout.seeds), strict=True)
+        levels, noises = zip(*(self._draws(draw, len(times), shape) for draw in experience.draws()), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(rollout.latents.device)
         for call in range(self.times_per_sample):
             s = times[level[call]].to(rollout.latents.device)
             yield _handed(objective, Noised(policy, experience, behaviour, noise[call], s))
 
-    def _draws(self, seed: int, levels: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _draws(self, generator: torch.Generator, levels: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Noise levels [calls] and noises [calls, *latent] of one sample: its own, wherever it is trained.
 
         The levels are permutations of the grid, so each is trained equally often.
         """
-        generator = torch.Generator().manual_seed(seed + 1)  # not the generator that made the picture
         repeats = -(-self.times_per_sample // levels)
         order = torch.cat([torch.randperm(levels, generator=generator) for _ in range(repeats)])
         return order[: self.times_per_sample], torch.randn((self.times_per_sample, *shape), generator=generator)

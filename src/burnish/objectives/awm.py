@@ -13,8 +13,9 @@ Reference: Xue et al. 2025, Advantage Weighted Matching, https://arxiv.org/abs/2
 Differs from: the code adds ema_beta mean((v - v_ema)^2); that pull to an averaged policy is left out.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,9 +36,9 @@ def awm(
     advantages: Vector,
     *,
     weighting: Literal["uniform", "s", "s2", "huber", "ghuber"] = "ghuber",  # the released config
-    clip: float = 1.0,  # with ghuber; 0.01 with the others
-    kl_weight: float = 1e-3,
-    advantage_clip: float = 5.0,
+    clip: Annotated[float, Gt(0)] = 1.0,  # with ghuber; 0.01 with the others
+    kl_weight: Annotated[float, Ge(0)] = 1e-3,
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and reference_prediction is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_prediction: pass it, or set kl_weight=0")

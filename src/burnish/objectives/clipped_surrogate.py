@@ -12,7 +12,10 @@ Reference: Black et al. 2023, DDPO, https://arxiv.org/abs/2305.13301, section 4.
 Differs from: nothing. (jannerm/ddpo, the JAX code, clamps A to +-10.)
 """
 
+from typing import Annotated
+
 import torch
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,8 +28,8 @@ def clipped_surrogate(
     old_log_prob: Vector,
     advantages: Vector,
     *,
-    clip: float = 1e-4,  # train.clip_range, ddpo-pytorch config/base.py
-    advantage_clip: float = 5.0,  # train.adv_clip_max, in standard deviations of the rewards
+    clip: Annotated[float, Gt(0)] = 1e-4,  # train.clip_range, ddpo-pytorch config/base.py
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # train.adv_clip_max, in standard deviations of the rewards
 ) -> tuple[Scalar, dict[str, Scalar]]:
     terms, metrics = clipped_terms(log_prob - old_log_prob.detach(), advantages, clip, advantage_clip)
     loss = terms.mean()

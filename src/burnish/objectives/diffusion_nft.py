@@ -13,7 +13,10 @@ Reference: Zheng et al. 2025, DiffusionNFT, https://arxiv.org/abs/2509.16117; NV
     scripts/train_nft_sd3.py, config/nft.py. Differs from: nothing.
 """
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,9 +34,9 @@ def diffusion_nft(
     x0: Latent,
     advantages: Vector,
     *,
-    beta: float = 1.0,  # config/nft.py; 0.1 for OCR and several rewards
-    kl_weight: float = 1e-4,  # config/nft.py
-    advantage_clip: float = 5.0,  # config/base.py
+    beta: Annotated[float, Gt(0)] = 1.0,  # config/nft.py; 0.1 for OCR and several rewards
+    kl_weight: Annotated[float, Ge(0)] = 1e-4,  # config/nft.py
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # config/base.py
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and reference_prediction is None:
         raise ValueError(f"kl_weight={kl_weight} needs reference_prediction: pass it, or set kl_weight=0")

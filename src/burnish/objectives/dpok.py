@@ -14,9 +14,10 @@ Reference: Fan et al. 2023, DPOK, https://arxiv.org/abs/2305.16381, Algorithm 1;
 Differs from: nothing. (The paper's KL in closed form is `reference_kl`.)
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,9 +34,9 @@ def dpok(
     reference_prediction: Latent | None,
     kl: Vector | None = None,
     *,
-    reward_weight: float = 10.0,  # one prompt; 1000 for several
-    kl_weight: float = 0.01,  # one prompt; 0.1 for several
-    clip: float = 1e-4,  # ratio_clip
+    reward_weight: Annotated[float, Ge(0)] = 10.0,  # one prompt; 1000 for several
+    kl_weight: Annotated[float, Ge(0)] = 0.01,  # one prompt; 0.1 for several
+    clip: Annotated[float, Gt(0)] = 1e-4,  # ratio_clip
     pull: Literal["prediction", "gaussian"] = "prediction",
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if torch.finfo(log_prob.dtype).eps >= clip:

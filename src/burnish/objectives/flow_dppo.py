@@ -12,6 +12,9 @@ Reference: Tencent-Hunyuan/UniRL, unirl/algorithms (Flow-DPPO).
 Differs from: nothing in the loss (UniRL's SDE clamps s at 0.99 instead of taking the grid's second time).
 """
 
+from typing import Annotated
+
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,8 +28,8 @@ def flow_dppo(
     advantages: Vector,
     old_kl: Vector,
     *,
-    divergence: float = 1e-5,  # UniRL's threshold
-    advantage_clip: float = 5.0,  # Flow-GRPO's
+    divergence: Annotated[float, Gt(0)] = 1e-5,  # UniRL's threshold
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # Flow-GRPO's
 ) -> tuple[Scalar, dict[str, Scalar]]:
     advantages = advantages.detach().clamp(-advantage_clip, advantage_clip)
     log_ratio = log_prob - old_log_prob.detach()

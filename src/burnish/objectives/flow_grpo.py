@@ -8,6 +8,9 @@ Reference: Liu et al. 2025, Flow-GRPO, https://arxiv.org/abs/2505.05470; yifan12
 Differs from: nothing, given kl = reference_kl(form="code"); the paper's KL is form="exact" (the code omits |dt|).
 """
 
+from typing import Annotated
+
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,9 +26,9 @@ def flow_grpo(
     advantages: Vector,
     kl: Vector | None = None,
     *,
-    clip: float = 1e-4,  # config/grpo.py
-    advantage_clip: float = 5.0,  # in standard deviations of the rewards; config/base.py
-    kl_weight: float = 0.04,  # GenEval and OCR; 0.01 for PickScore
+    clip: Annotated[float, Gt(0)] = 1e-4,  # config/grpo.py
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # in standard deviations of the rewards; config/base.py
+    kl_weight: Annotated[float, Ge(0)] = 0.04,  # GenEval and OCR; 0.01 for PickScore
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and kl is None:
         raise ValueError(f"kl_weight={kl_weight} needs kl: pass reference_kl(...) or set kl_weight=0")

@@ -13,6 +13,9 @@ Reference: Wang et al. 2025, GRPO-Guard, https://arxiv.org/abs/2510.22319; yifan
 Differs from: nothing known. (Flow-Factory leaves 1 / |dt| out.)
 """
 
+from typing import Annotated
+
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,8 +33,8 @@ def grpo_guard(
     std: Vector,
     dt: Vector,
     *,
-    clip: float = 2e-6,  # GenEval and OCR; 4e-6 for PickScore
-    advantage_clip: float = 5.0,  # config/base.py
+    clip: Annotated[float, Gt(0)] = 2e-6,  # GenEval and OCR; 4e-6 for PickScore
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # config/base.py
 ) -> tuple[Scalar, dict[str, Scalar]]:
     log_ratio = (log_prob - old_log_prob.detach() + old_kl) * std
     terms, metrics = clipped_terms(log_ratio, advantages, clip, advantage_clip)

@@ -11,6 +11,9 @@ Differs from: the code can also take the softmax over all samples of a round (`w
     `batch` that is passed (its `weighted_batch`).
 """
 
+from typing import Annotated
+
+from annotated_types import Gt, Lt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,8 +25,8 @@ def rwr(
     error: Vector,
     rewards: Vector,
     *,
-    temperature: float = 0.2,  # 1 / 5, pipeline/run-rwr.sh
-    quantile: float | None = None,  # 0.9 in pipeline/run-sparse.sh
+    temperature: Annotated[float, Gt(0)] = 0.2,  # 1 / 5, pipeline/run-rwr.sh
+    quantile: Annotated[float, Gt(0), Lt(1)] | None = None,  # 0.9 in pipeline/run-sparse.sh
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} has to be above 0")

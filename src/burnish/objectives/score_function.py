@@ -12,6 +12,9 @@ Differs from: the code has no function of its own for it and takes the clipped s
     another value of the loss.
 """
 
+from typing import Annotated
+
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,7 +26,7 @@ def score_function(
     log_prob: Vector,
     advantages: Vector,
     *,
-    advantage_clip: float = 5.0,  # train.adv_clip_max, ddpo-pytorch config/base.py
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # train.adv_clip_max, ddpo-pytorch config/base.py
 ) -> tuple[Scalar, dict[str, Scalar]]:
     loss = -(advantages.detach().clamp(-advantage_clip, advantage_clip) * log_prob).mean()
     return loss, {"policy_loss": loss.detach(), "log_prob": log_prob.mean().detach()}

@@ -11,6 +11,9 @@ Reference: He et al. 2025, TempFlow-GRPO, https://arxiv.org/abs/2508.04324.
 Differs from: the code multiplies by 2.25 std instead of std over its mean, a constant factor of its own schedule.
 """
 
+from typing import Annotated
+
+from annotated_types import Ge, Gt
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,9 +30,9 @@ def tempflow_grpo(
     noise_weight: Vector,
     kl: Vector | None = None,
     *,
-    clip: float = 1e-4,  # Flow-GRPO's, on which it builds
-    advantage_clip: float = 5.0,  # the same
-    kl_weight: float = 0.04,  # the same
+    clip: Annotated[float, Gt(0)] = 1e-4,  # Flow-GRPO's, on which it builds
+    advantage_clip: Annotated[float, Gt(0)] = 5.0,  # the same
+    kl_weight: Annotated[float, Ge(0)] = 0.04,  # the same
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and kl is None:
         raise ValueError(f"kl_weight={kl_weight} needs kl: pass reference_kl(...) or set kl_weight=0")

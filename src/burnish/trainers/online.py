@@ -10,6 +10,7 @@ uninterrupted one, bit for bit.
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,11 +48,16 @@ def resume(directory: Path) -> Path:
     return train(load(directory / "config.yaml", [override("output_dir", str(directory))]), resuming=True)
 
 
-def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Accelerator) -> Deal:
-    """The samples of round `index`: every update's share is spread evenly over the processes."""
+def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Accelerator, block: int = 1) -> Deal:
+    """The samples of round `index`: every update's share is spread evenly over the processes.
+
+    Samples that share their noise, `block` of them, stay on one process and in one update where they divide so.
+    """
     prompts = stream.round(index)
+    count = len(prompts) * config.num_generations
+    block = 1 if count % (block * config.updates_per_round * accelerator.num_processes) else block
     generator = torch.Generator().manual_seed(seed_of(config.seed, "deal", index))
-    order = torch.randperm(len(prompts) * config.num_generations, generator=generator)
+    order = (torch.randperm(count // block, generator=generator)[:, None] * block + torch.arange(block)).flatten()
     mine = order.view(config.updates_per_round, accelerator.num_processes, -1)[:, accelerator.process_index].flatten()
     groups = mine // config.num_generations
     return Deal(
@@ -95,7 +101,8 @@ def one_round(session: Session) -> dict[str, float]:
     """Prompts, rollout, reward, advantage, updates: one round of online learning, and what there is to say of it."""
     config, policy, accelerator = session.config, session.policy, session.accelerator
     clock, called = [time.perf_counter()], policy.calls
-    batch = deal(session.stream, session.round, config, accelerator)
+    block = session.collector.block(config.num_generations)
+    batch = deal(session.stream, session.round, config, accelerator, block)
     policy.autocast = lambda: accelerator.autocast()
     rollout, plan = collect(session, batch)
     images = policy.decode(rollout.latents)
@@ -194,8 +201,8 @@ def learn(session: Session, experience: Experience) -> dict[str, float]:
     """
     config, replay, sums, losses = session.config, session.replay, {}, 0
     stepped: dict[str, float] = {}
-    for _ in range(config.inner_epochs):
-        for parts in replay.updates(experience, config.updates_per_round, config.batch_size):
+    for epoch in range(config.inner_epochs):
+        for parts in replay.updates(replace(experience, epoch=epoch), config.updates_per_round, config.batch_size):
             for part in parts:
                 weight = 1 / (len(parts) * replay.calls(part.rollout.kept))
                 for loss, metrics in replay.losses(session.policy, part, session.behaviour, session.objective):

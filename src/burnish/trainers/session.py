@@ -157,11 +157,9 @@ def _sampler(policy: Policy, config: OnlineConfig, name: str) -> Any:
 
 def check_steps(policy: Policy, config: OnlineConfig, collector: Collector) -> None:
     """Whether the pipeline's scheduler has so many steps, and the collector can use them."""
-    steps, size = config.rollout.steps, (config.rollout.height, config.rollout.width)
-    try:
-        policy.grid(steps, *size)
-    except ValueError as error:
-        raise UserError(f"rollout.steps={steps}: the model's scheduler says: {error}") from error
+    steps, most = config.rollout.steps, policy.pipeline.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise UserError(f"rollout.steps={steps}: the model's scheduler has {most} times, so take at most as many steps")
     collector.check(steps, config.num_generations)
 
 
