@@ -13,7 +13,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from burnish.algorithms import ALGORITHMS
 from burnish.policies import LoraConfig
 from burnish.processes import FlowSDE, RectifiedFlow
 from burnish.rollout import RolloutConfig
@@ -24,7 +23,9 @@ from burnish.trainers.settings import OnlineConfig
 MODEL = "package:burnish.worlds.shapes/models/flow"
 PROMPTS = "package:burnish.worlds.shapes/prompts/train.jsonl"
 REWARD = "burnish.worlds.shapes:reward"
-STEPS = (4, 8, 16)
+STEPS = (5, 10, 20, 50)
+OVERHEAD = ("flow_grpo", "mix_grpo", "diffusion_nft")  # of each kind of replay, and a window
+SCALED = {"steps": (4, 8, 16), "num_generations": (8, 16, 32), "batch_size": (16, 32, 64)}  # the middle one is common
 
 
 def bench_sde_step(repeats: int = 200) -> dict[str, float]:
@@ -70,8 +71,17 @@ def bench_sde_step(repeats: int = 200) -> dict[str, float]:
 
 
 @contextmanager
-def small_session(algorithm: str, model: str, steps: int) -> Iterator[Session]:
+def small_session(algorithm: str, model: str, steps: int, **settings: Any) -> Iterator[Session]:
     """A session on 128 pictures a round, two updates of one network call's batch each, in a folder that is dropped."""
+    small = {
+        "prompts_per_round": 8,
+        "num_generations": 16,
+        "batch_size": 64,
+        "mixed_precision": "bf16",
+        "lora": LoraConfig(rank=64, alpha=64, targets="all-linear"),
+        "rollout": RolloutConfig(steps=steps, guidance=1.0),
+        "replay": {"times_per_sample": 4} if algorithm == "diffusion_nft" else {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         yield open_session(
             OnlineConfig(
@@ -81,16 +91,124 @@ def small_session(algorithm: str, model: str, steps: int) -> Iterator[Session]:
                 reward=REWARD,
                 rounds=1,
                 output_dir=str(Path(folder) / "run"),
-                prompts_per_round=8,
-                num_generations=16,
-                batch_size=64,
-                mixed_precision="bf16",
-                lora=LoraConfig(rank=64, alpha=64, targets="all-linear"),
-                rollout=RolloutConfig(steps=steps, guidance=1.0),
-                replay={"times_per_sample": 4} if algorithm == "diffusion_nft" else {},
                 report_to=[],
+                **(small | settings),
             )
         )
+
+
+def bench_epoch(repeats: int = 5) -> dict[str, float]:
+    """An epoch of DDPO on a tiny random Stable Diffusion: 4 pictures, 5 steps with guidance, one update, one thread.
+
+    All four go through the network at once. The pipeline has the size of hf-internal-testing's
+    tiny-stable-diffusion-torch, which TRL's own tests of its DDPOTrainer used, so that an epoch is the same work. The
+    reward is the mean of the picture. Gives median and minimum in seconds, `epoch_s` and `epoch_min_s`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    taken = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.txt"
+            prompts.write_text("cat\n", "utf-8")
+            session = open_session(
+                OnlineConfig(
+                    algorithm="ddpo",
+                    model=str(_save_tiny(Path(folder) / "model")),
+                    prompts=str(prompts),
+                    reward=f"{__name__}:brightness",
+                    rounds=1,
+                    output_dir=str(Path(folder) / "run"),
+                    prompts_per_round=1,
+                    num_generations=4,
+                    updates_per_round=1,
+                    batch_size=4,
+                    lora=LoraConfig(rank=4, alpha=4),
+                    rollout=RolloutConfig(steps=5, guidance=5.0, noise_level=1.0),
+                    report_to=[],
+                )
+            )
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                one_round(session)
+                taken.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {"epoch_s": statistics.median(taken[1:]), "epoch_min_s": min(taken[1:])}  # the first warms the caches
+
+
+def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    """A reward that costs nothing."""
+    return images.mean((1, 2, 3))
+
+
+def _save_tiny(folder: Path) -> Path:
+    """A Stable Diffusion of the size that libraries test with, random but for the shapes world's tokenizer."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from burnish.data import resolve
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(str(resolve(f"{MODEL}/tokenizer")))
+    blocks = {"block_out_channels": (32, 64), "layers_per_block": 2}
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),  # pyright: ignore[reportArgumentType]
+            block_out_channels=(32, 64),  # pyright: ignore[reportArgumentType]
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=tokenizer.vocab_size,
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=5,
+                num_attention_heads=4,
+                max_position_embeddings=77,
+            )
+        ),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=32,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            **blocks,
+        ),
+        scheduler=DDIMScheduler(  # pyright: ignore[reportArgumentType]
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def bench_scaling(model: str = MODEL, repeats: int = 3) -> dict[str, float]:
+    """What a Flow-GRPO round costs against T, G and the batch, one of them changed at a time.
+
+    Gives for each value the median seconds of a round's rollout and of its updates, `<setting>_<value>/rollout_s` and
+    `<setting>_<value>/update_s`, and `<setting>_<value>/network_calls`, in pictures.
+    """
+    common = {name: values[1] for name, values in SCALED.items()}
+    result: dict[str, float] = {}
+    for name, values in SCALED.items():
+        for value in values:
+            sizes = common | {name: value}
+            steps = sizes.pop("steps")
+            with small_session("flow_grpo", model, steps, **sizes, prompts_per_round=4, updates_per_round=1) as session:
+                told = [one_round(session) for _ in range(repeats + 1)][1:]
+            for part in ("rollout", "update"):
+                result[f"{name}_{value}/{part}_s"] = statistics.median(row[f"seconds/{part}"] for row in told)
+            result[f"{name}_{value}/network_calls"] = told[0]["network_calls"]
+    return result
 
 
 @dataclass(frozen=True)
@@ -106,7 +224,7 @@ class Call:
 
 
 def bench_overhead(model: str = MODEL, repeats: int = 5, steps: int = 8) -> dict[str, float]:
-    """What a round of each algorithm costs beyond its network, VAE, reward and optimiser.
+    """What a round of an algorithm of each kind costs beyond its network, VAE, reward and optimiser.
 
     One round is recorded. Then, in turn: the round, and alone the very calls that it made of the network (forward, and
     backward where it learns), of the VAE, the reward and the optimiser, on the same tensors. Prompts are encoded
@@ -114,7 +232,7 @@ def bench_overhead(model: str = MODEL, repeats: int = 5, steps: int = 8) -> dict
     ratio `<algorithm>/overhead`.
     """
     result: dict[str, float] = {}
-    for algorithm in ALGORITHMS:
+    for algorithm in OVERHEAD:
         with small_session(algorithm, model, steps) as session:
             calls, rewarded = _record(session)
             rounds, alone = [], []
@@ -226,13 +344,17 @@ class Held:
 
 
 def bench(
-    what: Literal["sde", "overhead", "memory", "all"] = "all", model: str = MODEL, repeats: int | None = None
+    what: Literal["sde", "overhead", "epoch", "scaling", "memory", "all"] = "all",
+    model: str = MODEL,
+    repeats: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """The benchmarks by name, each with its figures; `repeats` is each one's own unless given."""
     often = {} if repeats is None else {"repeats": repeats}
     benchmarks: dict[str, Callable[[], dict[str, float]]] = {
         "sde": lambda: bench_sde_step(**often),
         "overhead": lambda: bench_overhead(model, **often),
+        "epoch": lambda: bench_epoch(**often),
+        "scaling": lambda: bench_scaling(model, **often),
         "memory": lambda: bench_memory(model),
     }
     return {name: run() for name, run in benchmarks.items() if what in (name, "all")}

@@ -82,14 +82,49 @@ def doctor() -> None:
 @app.command()
 def algorithms() -> None:
     """List the algorithms: what each needs, and its paper."""
-    from dataclasses import fields
-
     from burnish.algorithms import ALGORITHMS
 
-    rows = [{field.name: getattr(row, field.name) for field in fields(row)} for row in ALGORITHMS.values()]
-    columns = [name for name, value in rows[0].items() if name != "name" and not callable(value)]
-    cells = [[name, *(_text(row[column]) for column in columns)] for name, row in zip(ALGORITHMS, rows, strict=True)]
-    _print_table(["algorithm", *columns], cells)
+    rows = [(name, row.title, row.family, row.needs, row.paper, row.result) for name, row in ALGORITHMS.items()]
+    _print_table(("algorithm", "method", "family", "needs", "paper", "what the paper reports"), rows)
+
+
+@app.command()
+def advise(
+    base: Annotated[str | None, typer.Option(help="The model's kind: flow (SD3, FLUX) or ddpm (SD1.x, SDXL).")] = None,
+    signal: Annotated[
+        str | None,
+        typer.Option(
+            help="What says how good a picture is: rule, differentiable (a reward model), pairs, thumbs, none."
+        ),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(min=1, help="GB of memory of one GPU.")] = None,
+    style_shift: Annotated[bool, typer.Option(help="The pictures shall end far from the base's style.")] = False,
+) -> None:
+    """Say which methods fit a model and a signal, in which order, and why; asks for what is not given."""
+    from burnish import advise as advising
+
+    situation = advising.Situation(
+        base=_one_of(base, "base", "Is the model a flow or a DDPM?", advising.BASES),
+        signal=_one_of(signal, "signal", "What says that a picture is good?", advising.SIGNALS),
+        memory=memory,
+        style_shift=style_shift,
+    )
+    rows = [
+        (str(place), advice.title, advice.recipe or "-", advice.reason)
+        for place, advice in enumerate(advising.advise(situation), 1)
+    ]
+    _print_table(("", "method", "recipe", "why"), rows)
+
+
+def _one_of(given: str | None, name: str, question: str, known: Sequence[str]) -> Any:
+    """What was given, or what is answered; UserError for anything else, and where nobody can be asked."""
+    if given is None:
+        if not sys.stdin.isatty():
+            raise UserError(f"--{name} is not given, and there is nobody to ask: give one of {', '.join(known)}")
+        given = typer.prompt(f"{question} ({', '.join(known)})")
+    if given not in known:
+        raise UserError(f"--{name} {given}: is none of {', '.join(known)}")
+    return given
 
 
 @recipes_app.command("list")
@@ -228,9 +263,26 @@ def demo(output: Output = None) -> None:
     pipeline.demo(**_given(output=output))
 
 
+@app.command()
+def benchmark(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Shipped recipes; all of shapes/.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each recipe.")] = None,
+    output: Output = None,
+    table_only: Annotated[bool, typer.Option(help="Train nothing; the table of what is there.")] = False,
+) -> None:
+    """Train methods side by side in the shapes world, and print what each reached, how fast, for how many calls."""
+    from burnish import pipeline
+
+    pipeline.benchmark(recipes or (), **_given(seeds=seeds, output=output), table_only=table_only)
+
+
 class Benchmark(StrEnum):
     sde = "sde"
     overhead = "overhead"
+    epoch = "epoch"
+    scaling = "scaling"
     memory = "memory"
     all = "all"
 
@@ -238,7 +290,8 @@ class Benchmark(StrEnum):
 @app.command()
 def bench(
     what: Annotated[
-        Benchmark, typer.Argument(help="An SDE step, the trainer's own cost, memory against steps.")
+        Benchmark,
+        typer.Argument(help="A step, a trainer's own cost, a DDPO epoch, cost and memory by size."),
     ] = Benchmark.all,
     model: Annotated[str | None, typer.Option(help="The model that the last two train.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None,

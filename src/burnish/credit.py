@@ -38,12 +38,20 @@ class Scored:
 
 @runtime_checkable  # for beartype, under test
 class Rule(Protocol):
+    """`by_step`: whether it can tell a reward for each step from one for all. `relative`: whether 0 means no lesson."""
+
+    by_step: bool
+    relative: bool
+
     def __call__(self, scored: Scored) -> Advantages: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Stateless:
+    by_step = False
+    relative = True
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -63,6 +71,8 @@ class GroupRelative(Stateless):
     eps: Annotated[float, Gt(0)] = 1e-4
     std: Literal["group", "global"] = "global"
     unbiased: bool = False
+
+    by_step = True
 
     def __call__(self, scored: Scored) -> Advantages:
         return scored.mine(self._of(scored.rewards, scored.peers))
@@ -112,6 +122,9 @@ class PerPrompt:
     min_count: Annotated[int, Gt(0)] = 16
     _tracker: PerPromptTracker = field(init=False, repr=False)
 
+    by_step = False
+    relative = True
+
     def __post_init__(self) -> None:
         self._tracker = PerPromptTracker(self.buffer_size, self.min_count)
 
@@ -128,6 +141,8 @@ class PerPrompt:
 @dataclass(frozen=True, kw_only=True)
 class Raw(Stateless):
     """The rewards as they are, for an objective that weighs them itself."""
+
+    relative = False
 
     def __call__(self, scored: Scored) -> Advantages:
         return scored.mine(scored.rewards)

@@ -60,6 +60,9 @@ class ValueBaseline:
     _net: ValueNet | None = field(default=None, init=False, repr=False)
     _optimizer: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
 
+    by_step = True
+    relative = False
+
     def __call__(self, scored: Scored) -> Float[Tensor, "batch kept"]:
         rollout = scored.rollout
         assert rollout.trajectory is not None  # the replay of an algorithm with a baseline keeps it

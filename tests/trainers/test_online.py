@@ -25,6 +25,7 @@ SMALL = {
     "tempflow_grpo": {"collector": {"branches": 2}},
     "branch_grpo": {"collector": {"splits": [0, 1]}},
     "ddpo": {"advantages": {"buffer_size": 8, "min_count": 4}},
+    "ddpo_sf": {"updates_per_round": 1},
     "dpok": {"replay": {"capacity": 24, "micro_batches": 2}},
 }
 EVERY_ROUND = {

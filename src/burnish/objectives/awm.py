@@ -37,7 +37,7 @@ def awm(
     *,
     weighting: Literal["uniform", "s", "s2", "huber", "ghuber"] = "ghuber",  # the released config
     clip: Annotated[float, Gt(0)] = 1.0,  # with ghuber; 0.01 with the others
-    kl_weight: Annotated[float, Ge(0)] = 1e-3,
+    kl_weight: Annotated[float, Ge(0)] = 3e-3,  # config/dgx_awm.py, GenEval and OCR; 1e-4 for PickScore
     advantage_clip: Annotated[float, Gt(0)] = 5.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if kl_weight and reference_prediction is None:

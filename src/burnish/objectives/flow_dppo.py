@@ -8,7 +8,7 @@ A transition is dropped when its step has moved too far and the gradient would m
 far the wrong way may come back. `old_kl` is the KL of the old step from the new one, in closed form.
 Shapes: all [batch], which counts (sample, denoising step) pairs.
 Units:  log_prob and old_kl are nats per latent element, with the transition's full std (sqrt(|dt|) included).
-Reference: Tencent-Hunyuan/UniRL, unirl/algorithms (Flow-DPPO).
+Reference: Flow-DPPO, 2026, https://arxiv.org/abs/2606.11025; Tencent-Hunyuan/UniRL unirl/algorithms/flowdppo.py.
 Differs from: nothing in the loss (UniRL's SDE clamps s at 0.99 instead of taking the grid's second time).
 """
 

@@ -6,7 +6,7 @@ r"""Reward-weighted regression: supervised fine-tuning on own samples, the bette
 Shapes: error, rewards [batch]; error is the mean over the latent of (target - prediction)^2.
 Units:  error in units of the target squared; temperature in units of the reward.
 Reference: Black et al. 2023, DDPO, https://arxiv.org/abs/2305.13301, section 4.2; jannerm/ddpo pipeline/finetune.py
-    and ddpo/training/diffusion.py (the weighted sum), pipeline/run-sparse.sh (sparse).
+    and ddpo/training/diffusion.py (the weighted sum), config/base.py (temperature, sparse).
 Differs from: the code can also take the softmax over all samples of a round (`weighted_dataset`); here it is over the
     `batch` that is passed (its `weighted_batch`).
 """
@@ -25,8 +25,8 @@ def rwr(
     error: Vector,
     rewards: Vector,
     *,
-    temperature: Annotated[float, Gt(0)] = 0.2,  # 1 / 5, pipeline/run-rwr.sh
-    quantile: Annotated[float, Gt(0), Lt(1)] | None = None,  # 0.9 in pipeline/run-sparse.sh
+    temperature: Annotated[float, Gt(0)] = 0.2,  # 1 / 5, config/base.py
+    quantile: Annotated[float, Gt(0), Lt(1)] | None = None,  # 0.9 in config/base.py (sparse)
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} has to be above 0")

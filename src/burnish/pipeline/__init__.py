@@ -1,8 +1,18 @@
 """What people do with models and runs: draw, measure, compare, and see the whole of it in one demonstration."""
 
+from burnish.pipeline.benchmark import benchmark
 from burnish.pipeline.compare import Comparison, compare, difference
 from burnish.pipeline.demo import demo
 from burnish.pipeline.measure import evaluate_target, sample_images
 from burnish.pipeline.target import open_target
 
-__all__ = ["Comparison", "compare", "demo", "difference", "evaluate_target", "open_target", "sample_images"]
+__all__ = [
+    "Comparison",
+    "benchmark",
+    "compare",
+    "demo",
+    "difference",
+    "evaluate_target",
+    "open_target",
+    "sample_images",
+]

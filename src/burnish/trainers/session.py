@@ -103,6 +103,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     sampler, solver = (_sampler(policy, config, name) for name in (config.rollout.sampler, config.rollout.solver))
     check_steps(policy, config, collector)
     check_noise(policy, config, replay, sampler)
+    rule = make_rule(config)
     session = Session(
         config=config,
         accelerator=accelerator,
@@ -111,7 +112,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         solver=solver if policy.process.has_noise(sampler) else sampler,
         reward=reward,
         collector=collector,
-        rule=row.advantages(**config.advantages),
+        rule=rule,
         replay=replay,
         objective=partial(row.objective, **config.objective),
         update=Update(accelerator, policy.trainable(), config.update, config.optimiser_steps),
@@ -181,6 +182,32 @@ def check_noise(policy: Policy, config: OnlineConfig, replay: Replay, sampler: A
     pulled = config.kl_reward or ("kl" in asked and asked["kl_weight"].default)
     if process.name == "variance_preserving" and pulled and getattr(replay, "kl_form", None) == "code":
         raise UserError("replay.kl_form=code is for the steps of a flow, and the model is a DDPM: set kl_form=exact")
+
+
+def make_rule(config: OnlineConfig) -> Rule:
+    """The rule of the algorithm's row; UserError where settings do not go with it, or with each other."""
+    row = ALGORITHMS[config.algorithm]
+    try:
+        rule = row.advantages(**config.advantages)
+    except ValueError as error:
+        raise UserError(f"advantages: {error}") from error
+    if config.kl_reward and not rule.by_step:
+        raise UserError(
+            f"kl_reward={config.kl_reward} pays each step, and {row.title} knows one reward a picture: set 0"
+        )
+    if config.kl_reward and config.rollout.sampler == "cps":
+        raise UserError(f"kl_reward={config.kl_reward} needs noise in every step, and cps has none in the last: set 0")
+    if config.drop_zero_advantages and not rule.relative:
+        raise UserError(
+            f"drop_zero_advantages drops what equals its group, and {row.title} does not compare: set false"
+        )
+    named = inspect.signature(row.objective).parameters
+    if "log_prob" in named and "old_log_prob" not in named and config.updates_per_round * config.inner_epochs > 1:
+        raise UserError(
+            f"{row.title} has no ratio, so a second update in a round would be off its policy: set updates_per_round=1 "
+            "and inner_epochs=1"
+        )
+    return rule
 
 
 def check_sizes(config: OnlineConfig, processes: int) -> None:

@@ -1,0 +1,150 @@
+"""Methods side by side: the same world, each by its own recipe, several seeds, one table."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from burnish.algorithms import ALGORITHMS
+from burnish.checkpoint import atomic_write, read_jsonl
+from burnish.config import list_recipes, override
+from burnish.errors import UserError
+from burnish.pipeline.measure import print_table
+from burnish.pipeline.target import ADAPTER_FILE
+from burnish.trainers import online
+
+COLUMNS = ("method", "model", "seeds", "before", "after", "gain (95%)", "minutes", "calls", "calls to {target}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run. `curve`: (network calls so far, accuracy) at each evaluation; `error` of an accuracy, one sigma."""
+
+    recipe: str
+    algorithm: str
+    model: str
+    seed: int
+    minutes: float
+    curve: tuple[tuple[float, float], ...]
+    error: float
+
+    @property
+    def calls(self) -> float:
+        return self.curve[-1][0]
+
+    @property
+    def gain(self) -> float:
+        return self.curve[-1][1] - self.curve[0][1]
+
+    def calls_to(self, accuracy: float) -> float:
+        """Network calls until the curve, straight between evaluations, is at `accuracy`; infinite if it never is."""
+        for (before, low), (after, high) in zip(self.curve, self.curve[1:], strict=False):
+            if high >= accuracy > low:
+                return before + (after - before) * (accuracy - low) / (high - low)
+        return 0.0 if self.curve[0][1] >= accuracy else math.inf
+
+
+def benchmark(
+    recipes: Sequence[str] = (),
+    *,
+    seeds: int = 3,
+    output: Path = Path("runs/benchmark"),
+    table_only: bool = False,
+) -> list[Outcome]:
+    """Train every recipe (all of shapes/ but the demo unless named) with each seed, and set the runs side by side.
+
+    Each run is `output`/RECIPE-SEED. What is finished is left as it is, what was stopped goes on: the command may be
+    stopped and given again. Writes benchmark.json and benchmark.md there after each run; `table_only` trains nothing.
+    """
+    known = [name for name, _ in list_recipes() if name.startswith("shapes/") and name != "shapes/demo"]
+    chosen, outcomes, console = list(recipes) or known, [], Console(highlight=False)
+    if missing := [name for name in chosen if name not in dict(list_recipes())]:
+        raise UserError(f"{missing[0]} is not a shipped recipe: see `burnish recipes list`")
+    for seed in range(seeds):
+        for name in chosen:
+            run = output / f"{name.rpartition('/')[2]}-{seed}"
+            if not (run / "adapter" / ADAPTER_FILE).is_file():
+                if table_only:
+                    continue
+                console.print(f"\n[bold]{name}, seed {seed}[/bold]")
+                if (run / "config.yaml").is_file():
+                    online.resume(run)
+                else:
+                    online.train(online.load(name, [f"seed={seed}", override("output_dir", run)]))
+            outcomes.append(outcome(run, name))
+            write(outcomes, output)
+    if not outcomes:
+        raise UserError(f"{output} holds no finished run: leave --table-only away")
+    print_table(*_table(outcomes))
+    console.print(f"\n{output / 'benchmark.md'}")
+    return outcomes
+
+
+def outcome(run: Path, recipe: str) -> Outcome:
+    """What a finished run's metrics say; UserError if it has no evaluation to go by."""
+    config, rows = online.load(run / "config.yaml"), read_jsonl(run / "metrics.jsonl")
+    calls, curve, error = 0.0, [], 0.0
+    for row in rows:
+        calls += row.get("network_calls", 0)
+        if "eval/accuracy" in row:
+            curve.append((calls, row["eval/accuracy"]))
+            error = (row["eval/accuracy_high"] - row["eval/accuracy_low"]) / (2 * 1.96)
+    if len(curve) < 2:
+        raise UserError(f"{run}: its recipe evaluates nothing: set evaluation.prompts and evaluation.detector")
+    seconds = sum(row.get(f"seconds/{part}", 0.0) for row in rows for part in ("rollout", "reward", "update"))
+    model = config.model.rpartition("/")[2]
+    return Outcome(recipe, config.algorithm, model, config.seed, seconds / 60, tuple(curve), error)
+
+
+def write(outcomes: Sequence[Outcome], output: Path) -> None:
+    columns, rows = _table(outcomes)
+    lines = [columns, ["---"] * len(columns), *rows]
+    atomic_write(output / "benchmark.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    atomic_write(output / "benchmark.json", json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+
+
+def _table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """A row a recipe, those of a model together and the largest gain first."""
+    target = _target(outcomes)
+    groups: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        groups.setdefault(one.recipe, []).append(one)
+    order = sorted(groups.values(), key=lambda runs: (runs[0].model != "flow", -_mean(one.gain for one in runs)))
+    columns = [column.format(target=f"{target:.0%}") for column in COLUMNS]
+    return columns, [_row(runs, target) for runs in order]
+
+
+def _target(outcomes: Sequence[Outcome]) -> float:
+    """The accuracy that Flow-GRPO ends with; without it, the least that any recipe ends with."""
+    ends: dict[str, list[float]] = {}
+    for one in outcomes:
+        ends.setdefault(one.algorithm, []).append(one.curve[-1][1])
+    return _mean(ends["flow_grpo"]) if "flow_grpo" in ends else min(map(_mean, ends.values()))
+
+
+def _row(runs: Sequence[Outcome], target: float) -> list[str]:
+    after, gains = [one.curve[-1][1] for one in runs], [one.gain for one in runs]
+    # Two estimates are uncertain in each gain; where there are several seeds, their spread says whether that is all.
+    sampled = math.sqrt(2 * sum(one.error**2 for one in runs)) / len(runs)
+    seen = statistics.stdev(gains) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
+    reached = _mean(one.calls_to(target) for one in runs)
+    return [
+        ALGORITHMS[runs[0].algorithm].title,
+        runs[0].model,
+        str(len(runs)),
+        f"{100 * _mean(one.curve[0][1] for one in runs):.1f}%",
+        f"{100 * _mean(after):.1f}%" + (f" (std {100 * statistics.stdev(after):.1f})" if len(runs) > 1 else ""),
+        f"{100 * _mean(gains):+.1f} ± {196 * max(sampled, seen):.1f}",
+        f"{_mean(one.minutes for one in runs):.1f}",
+        f"{_mean(one.calls for one in runs) / 1000:.0f}k",
+        "-" if math.isinf(reached) else f"{reached / 1000:.0f}k",
+    ]
+
+
+def _mean(values: Any) -> float:
+    return statistics.fmean(values)
