@@ -88,6 +88,8 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
         "report",
         "demo",
         "bench",
+        "benchmark",
+        "advise",
     ]
     assert all(f"\n  {command} " in listed for command in commands)
     assert done.stdout.isascii()  # no boxes in a pipe
@@ -236,16 +238,57 @@ def test_bench(burnish, library):
 def test_algorithms(burnish, library, monkeypatch):
     @dataclass(frozen=True)
     class Row:
-        name: str
-        objective: object
-        needs: tuple[str, ...]
+        title: str
+        family: str
+        needs: str
         paper: str
+        result: str
 
     library("burnish.algorithms")
-    rows = {"flow_grpo": Row("Flow-GRPO", print, ("flow", "reward"), "2505.05470"), "sft": Row("SFT", print, (), "-")}
+    rows = {"flow_grpo": Row("Flow-GRPO", "policy gradient", "flow", "2505.05470", "0.95")}
     monkeypatch.setattr(sys.modules["burnish.algorithms"], "ALGORITHMS", rows, raising=False)
-    lines = ["algorithm  needs         paper", "flow_grpo  flow, reward  2505.05470", "sft                      -"]
+    lines = [
+        "algorithm  method     family           needs  paper       what the paper reports",
+        "flow_grpo  Flow-GRPO  policy gradient  flow   2505.05470  0.95",
+    ]
     assert burnish("algorithms") == (0, "\n".join(lines) + "\n", "")
+
+
+def test_every_row_is_in_the_table(burnish):
+    from burnish.algorithms import ALGORITHMS
+
+    lines = burnish("algorithms")[1].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(ALGORITHMS)
+    assert "flow; sampler cps" in next(line for line in lines if line.startswith("flow_cps"))
+    assert "flow; any solver" in next(line for line in lines if line.startswith("diffusion_nft"))
+
+
+def test_advise(burnish):
+    code, out, err = burnish("advise", "--base", "flow", "--signal", "rule")
+    assert (code, err) == (0, "")
+    assert "sd3.5/flow_grpo_geneval" in out
+    code, out, _ = burnish("advise", "--base", "ddpm", "--signal", "pairs", "--memory", "12", "--style-shift")
+    assert out.splitlines()[1].startswith("1  MaPO (not in burnish yet)")
+
+
+def test_advise_wants_to_know(burnish):
+    code, _, err = burnish("advise", "--base", "flow")
+    assert code == 2
+    assert err == (
+        "burnish: --signal is not given, and there is nobody to ask: give one of rule, differentiable, pairs, thumbs, "
+        "none\n"
+    )
+    assert burnish("advise", "--base", "vae", "--signal", "rule")[2] == "burnish: --base vae: is none of flow, ddpm\n"
+
+
+def test_benchmark(burnish, library):
+    calls = library("burnish.pipeline", benchmark=[])
+    assert burnish("benchmark", "shapes/awm", "--seeds", "2", "--output", "o", "--table-only")[0] == 0
+    assert burnish("benchmark")[0] == 0
+    assert calls == [
+        ("benchmark", (["shapes/awm"],), {"seeds": 2, "output": Path("o"), "table_only": True}),
+        ("benchmark", ((),), {"table_only": False}),
+    ]
 
 
 def test_recipes_list(burnish, recipes):
