@@ -278,6 +278,21 @@ def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count
     )
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_that_share_their_noise_stay_together_where_they_divide_so(config, count):
+    session = online.open_session(config(updates_per_round=2, batch_size=4))
+    places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
+    shares = [online.deal(session.stream, 3, session.config, place, block=4) for place in places]
+    for share in shares:
+        for update in share.groups.chunk(2):
+            assert (update.bincount()[update.unique()] == 4).all()  # whole groups of four
+    assert sorted(seed for share in shares for seed in share.seeds) == sorted(
+        online.deal(session.stream, 3, session.config, session.accelerator).seeds
+    )
+    scattered = online.deal(session.stream, 3, session.config, places[0], block=16)  # one block, two updates
+    assert scattered.seeds == online.deal(session.stream, 3, session.config, places[0]).seeds
+
+
 @pytest.mark.parametrize(
     "settings",
     [

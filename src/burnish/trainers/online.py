@@ -105,7 +105,8 @@ def one_round(session: Session) -> dict[str, float]:
     batch = deal(session.stream, session.round, config, accelerator, block)
     policy.autocast = lambda: accelerator.autocast()
     rollout, plan = collect(session, batch)
-    images = policy.decode(rollout.latents)
+    with torch.no_grad():
+        images = policy.decode(rollout.latents)
     clock.append(time.perf_counter())
     scores = score(session.reward, images, rollout.prompts, batch.prompts)
     rewards, groups = session.everywhere(scores.total), session.everywhere(batch.groups)
