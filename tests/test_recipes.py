@@ -57,7 +57,7 @@ SMALLER = {  # what two steps and groups of two are too few for
     "flow_dppo": {"rollout.steps": 6},
     "mix_grpo": {"rollout.steps": 6},
     "tempflow_grpo": {"collector.branches": 2},
-    "branch_grpo": {"collector.splits": "[0]"},
+    "branch_grpo": {"collector.splits": "[0]", "collector.children": 2},
 }
 
 
