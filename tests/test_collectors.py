@@ -15,7 +15,7 @@ def deal(prompts: int = 2, group: int = 16, index: int = 0) -> Deal:
     places = torch.randperm(prompts * group, generator=torch.Generator().manual_seed(1))
     return Deal(
         index,
-        [{"prompt": str(place // group)} for place in places.tolist()],
+        [{"prompt": str(number)} for number in range(prompts)],
         places // group,
         places % group,
         [seed_of("picture", index, place) for place in places.tolist()],
@@ -107,7 +107,7 @@ def test_a_process_plans_its_share_as_the_whole_would_be():
     for collector in (Tree(), Branches(branches=4), Independent(same_noise=True), Window(order="random")):
         grid = RectifiedFlow().grid(12)
         whole = collector.plan(batch, grid, True)
-        half = Deal(0, batch.prompts[16:], batch.groups[16:], batch.members[16:], batch.seeds[16:], batch.group_seeds)
+        half = Deal(0, batch.round, batch.groups[16:], batch.members[16:], batch.seeds[16:], batch.group_seeds)
         part = collector.plan(half, grid, True)
         assert torch.equal(part.streams, whole.streams[16:])
         assert torch.equal(part.first, whole.first[16:])

@@ -151,7 +151,6 @@ def _save_tiny(folder: Path) -> Path:
 
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(resolve(f"{MODEL}/tokenizer")))
-    blocks = {"block_out_channels": (32, 64), "layers_per_block": 2}
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),  # pyright: ignore[reportArgumentType]
@@ -174,7 +173,7 @@ def _save_tiny(folder: Path) -> Path:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32,
-            **blocks,
+            block_out_channels=(32, 64),
         ),
         scheduler=DDIMScheduler(  # pyright: ignore[reportArgumentType]
             beta_start=0.00085,

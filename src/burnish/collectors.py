@@ -31,15 +31,21 @@ def seed_of(*key: int | str) -> int:
 class Deal:
     """One process' share of round `index`: which of the round's prompts each picture is of, and which of its group.
 
-    `groups`, `members` [batch]; `seeds`: each picture's own; `group_seeds`: of each prompt of the round.
+    `round`: the prompts of the round; `groups`, `members` [batch]; `seeds`: each picture's own; `group_seeds`: of each
+    prompt of the round.
     """
 
     index: int
-    prompts: list[dict[str, Any]]
+    round: list[dict[str, Any]]
     groups: Int[Tensor, " batch"]
     members: Int[Tensor, " batch"]
     seeds: list[int]
     group_seeds: Sequence[int]
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """The prompt of each picture."""
+        return [self.round[group] for group in self.groups.tolist()]
 
     @property
     def beginnings(self) -> Int[Tensor, " batch"]:

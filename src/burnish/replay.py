@@ -457,8 +457,7 @@ def penalty(replay: Replay, rollout: Rollout) -> Tensor:
     if getattr(replay, "kl_form", "exact") != "code":
         return rollout.kl
     lengths = (rollout.grid.next_times - rollout.grid.times[:-1]).abs().to(rollout.kl)
-    steps = rollout.first[:, None] + torch.arange(rollout.kept)
-    return rollout.kl * lengths[steps.to(lengths.device)]
+    return rollout.kl * lengths[rollout.steps.to(lengths.device)]
 
 
 def _handed(objective: Objective, quantities: Transition | Noised) -> Loss:

@@ -87,6 +87,11 @@ class Rollout:
         """How many steps of each sample are stored; without a trajectory, how many there were."""
         return self.grid.steps if self.log_probs is None else self.log_probs.shape[1]
 
+    @property
+    def steps(self) -> Int[Tensor, "batch kept"]:
+        """The numbers of the stored steps in the grid."""
+        return self.first[:, None] + torch.arange(self.kept)
+
     def part(self, start: int, stop: int) -> "Rollout":
         """Samples start..stop, as the same tensors (views)."""
         here = slice(start, stop)
@@ -146,7 +151,7 @@ def sample(
     plan = independent(seeds, policy.grid(steps, height, width), noise=noisy) if plan is None else plan
     walk = _Walk(policy, plan, policy.encode(prompts, negative), guidance, batch_size or len(prompts))
     noise = _Noise(plan, policy.latent_shape(height, width), policy.device)
-    kept = _Kept(len(prompts), plan.length, reference_kl) if keep == "trajectory" else None
+    kept = _Kept(len(prompts), plan.length) if keep == "trajectory" else None
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     nodes = _Nodes(torch.tensor([numbers[prompt] for prompt in prompts]), plan.streams[:, 0])
     latents, x0 = noise(0, torch.arange(len(prompts))), None
@@ -193,13 +198,12 @@ class _Nodes:
     """Samples that are one so far: `of` [batch], which node each is at; `rows` [nodes], a sample that is at each."""
 
     def __init__(self, *told_apart_by: Tensor) -> None:
-        seen: dict[tuple[int, ...], int] = {}
         keys = list(map(tuple, torch.stack(told_apart_by, dim=1).tolist()))
-        self.of = torch.tensor([seen.setdefault(key, len(seen)) for key in keys])
         first: dict[tuple[int, ...], int] = {}
-        self.rows = torch.tensor(
-            [first[key] for place, key in enumerate(keys) if first.setdefault(key, place) == place]
-        )
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
+        numbers = {key: number for number, key in enumerate(first)}
+        self.of, self.rows = torch.tensor([numbers[key] for key in keys]), torch.tensor(list(first.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +247,8 @@ class _Noise:
 class _Kept:
     """The tensors of a rollout's stored steps, filled in as the steps are taken."""
 
-    def __init__(self, batch: int, length: int, reference_kl: bool) -> None:
-        self.batch, self.length, self.reference_kl = batch, length, reference_kl
+    def __init__(self, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
         self.tensors: dict[str, Tensor] = {}
 
     def note(

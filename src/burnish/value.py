@@ -70,7 +70,7 @@ class ValueBaseline:
         named = rollout.conditioning.positive
         text = named["pooled_prompt_embeds"] if "pooled_prompt_embeds" in named else named["prompt_embeds"].mean(1)
         text = text.to(latents)
-        steps = (rollout.first[:, None] + torch.arange(rollout.kept)).to(latents.device)
+        steps = rollout.steps.to(latents.device)
         if self._net is None:
             self._build(latents.shape[2], text.shape[1], rollout.grid.steps)
         net = self._net

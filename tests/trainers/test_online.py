@@ -107,6 +107,23 @@ def test_every_row_trains_and_its_first_ratio_is_exactly_one(config, algorithm):
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
 
 
+def test_a_rule_is_told_the_prompts_that_were_sampled(config):
+    """With focus, what the stream would draw changes as soon as it has seen the rewards."""
+    session, told = online.open_session(config("ddpo", focus=0.5, prompts_per_round=2, **SMALL["ddpo"])), []
+    rule = session.rule
+
+    def listening(scored):
+        told.append((scored.prompts, list(scored.rollout.prompts)))
+        return rule(scored)
+
+    session.rule = listening
+    for number in range(4):
+        session.round = number
+        online.one_round(session)
+    assert all(given == sampled for given, sampled in told)
+    assert len({prompt for given, _ in told for prompt in given}) > 2
+
+
 def test_samples_that_teach_nothing_are_left_out(config, tmp_path):
     (tmp_path / "some.py").write_text(
         "def some(images, prompts, metadata):\n"

@@ -62,7 +62,7 @@ def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Ac
     groups = mine // config.num_generations
     return Deal(
         index,
-        [prompts[group] for group in groups],
+        prompts,
         groups,
         mine % config.num_generations,
         [seed_of(config.seed, "picture", index, int(place)) for place in mine],
@@ -164,12 +164,12 @@ def credit(session: Session, batch: Deal, plan: Plan, rollout: Rollout, rewards:
     """Advantages of this process' samples, and only the samples that are worth training on."""
     config = session.config
     paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
-    prompts = [prompt["prompt"] for prompt in session.stream.round(session.round)]
     peers = session.everywhere(session.collector.peers(batch, plan))
     scored = Scored(
         rewards=session.everywhere(paid),
         peers=peers,
-        prompts=[prompts[group] for group in session.everywhere(batch.groups).tolist()],
+        # Not asked of the stream again, which by now has seen these rewards and, with `focus`, would draw others.
+        prompts=[batch.round[group]["prompt"] for group in session.everywhere(batch.groups).tolist()],
         nodes=session.everywhere(plan.streams[:, 1:]),
         rollout=rollout,
         mine=session.mine,
