@@ -227,6 +227,7 @@ def test_a_bad_recipe(burnish, shelf, case):
         (["algorithm=flow_grpo", "kl_reward=0.1", "rollout.sampler=cps"], "cps has none in the last"),
         (["algorithm=ddpo", "advantages.buffer_size=8"], "min_count=16 and buffer_size=8"),
         (["algorithm=ddpo_sf", "updates_per_round=2"], "DDPO-SF has no ratio"),
+        (["algorithm=ddpo_sf", "updates_per_round=1", "asynchronous_rewards=true"], "set asynchronous_rewards=false"),
         (["algorithm=rwr", "drop_zero_advantages=true"], "RWR does not compare"),
         (["rollout.steps=1001"], "has 1000 times"),
         (["algorithm=branch_grpo"], "collector.splits=[0, 3, 6, 9]"),

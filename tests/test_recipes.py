@@ -110,7 +110,7 @@ def test_sd35_recipes_are_as_published():
         assert config.evaluation.steps == 40
     assert (grpo.rollout.guidance, grpo.rollout.sampler, grpo.rollout.noise_level) == (4.5, "sde", 0.7)
     assert grpo.objective == {"clip": 1e-4, "advantage_clip": 5, "kl_weight": 0.04}
-    whole = {"shuffle_timesteps": False, "skip_last": False}
+    whole = {"shuffle_timesteps": False, "skip_last": 0}
     assert grpo.replay == whole | {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
     assert grpo.advantages == {"eps": 1e-4, "std": "global", "unbiased": False}
     assert grpo.updates_per_round == 2

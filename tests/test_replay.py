@@ -197,7 +197,7 @@ def test_an_objective_is_handed_what_its_arguments_name(flow):
     assert len(apart) == len(seen)
 
 
-@pytest.mark.parametrize("skip_last", [False, True])
+@pytest.mark.parametrize("skip_last", [0, 2])
 def test_shuffled_steps_are_each_samples_own_and_the_ratio_stays_one(policy, skip_last):
     def objective(log_prob, old_log_prob, std, advantages):
         seen.append((old_log_prob, std))

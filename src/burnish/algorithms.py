@@ -150,7 +150,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         collector=partial(Independent, same_noise=True),  # init_same_noise
         advantages=BY_GROUP,
         # the FLUX script: .6 of the steps but the last, others for each sample
-        replay=partial(StoredTransitions, timestep_fraction=0.6, shuffle_timesteps=True, skip_last=True),
+        replay=partial(StoredTransitions, timestep_fraction=0.6, shuffle_timesteps=True, skip_last=1),
         trainer="online",
         processes=(FLOW, DDPM),
         paper="https://arxiv.org/abs/2505.07818",
@@ -228,7 +228,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective=objectives.clipped_surrogate,
         collector=partial(Independent, same_noise=True),
         advantages=partial(PreferenceRelative, eps=1e-8, std="group", unbiased=True),
-        replay=partial(StoredTransitions, timestep_fraction=0.6, shuffle_timesteps=True, skip_last=True),
+        replay=partial(StoredTransitions, timestep_fraction=0.6, shuffle_timesteps=True, skip_last=1),
         trainer="online",
         processes=(FLOW, DDPM),
         paper="https://arxiv.org/abs/2508.20751",

@@ -112,14 +112,14 @@ class StoredTransitions(InTurn):
 
     An objective is handed what its arguments name, of the properties of `Transition`.
     `timestep_fraction`: int(stored steps * fraction) of them are trained (Flow-GRPO: .99, so 9 of 10), the first ones,
-    or with `shuffle_timesteps` others for each sample, drawn by its seed, in its own order. `skip_last`: the last step
-    is not among those that count.
+    or with `shuffle_timesteps` others for each sample, drawn by its seed, in its own order. The `skip_last` last steps
+    are not among those that count: their std is small, so their gradient is large, and most of it is noise.
     `kl_form`: see `objectives.reference_kl`. `detach_unconditional`: guidance's unconditional branch gets no gradient.
     """
 
     timestep_fraction: Annotated[float, Gt(0), Le(1)] = 0.99  # flow_grpo config/base.py
     shuffle_timesteps: bool = False
-    skip_last: bool = False
+    skip_last: Annotated[int, Ge(0)] = 0
     kl_form: Literal["code", "exact", "k3"] = "code"  # flow_grpo scripts/train_sd3.py
     detach_unconditional: bool = True  # flow_grpo scripts/train_sd3.py
 

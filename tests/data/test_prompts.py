@@ -164,7 +164,7 @@ def test_epochs_and_seeds_differ():
 def teach(prompts, rounds, spread):
     """Let the stream see rounds in which prompt number n has spread[n]."""
     for index in rounds:
-        prompts.saw(index, [spread[int(row["prompt"])] for row in prompts.round(index)])
+        prompts.saw(prompts.places(index), [spread[int(row["prompt"])] for row in prompts.round(index)])
     return prompts
 
 

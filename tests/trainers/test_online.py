@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from burnish import algorithms as table
 from burnish.errors import UserError
-from burnish.trainers import online
+from burnish.trainers import online, samples
 
 ALGORITHMS = ("flow_grpo", "diffusion_nft")
 # What the smallest run of a row needs to be set, on a flow of 3 steps with 4 pictures a prompt.
@@ -38,6 +38,7 @@ EVERY_ROUND = {
         "skipped_updates",
         "network_calls",
         "trained_samples",
+        "staleness",
     ),
     *("seconds/rollout", "seconds/reward", "seconds/update"),
 }
@@ -107,9 +108,11 @@ def test_every_row_trains_and_its_first_ratio_is_exactly_one(config, algorithm):
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
 
 
-def test_a_rule_is_told_the_prompts_that_were_sampled(config):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_rule_is_told_the_prompts_that_were_sampled(config, ahead):
     """With focus, what the stream would draw changes as soon as it has seen the rewards."""
-    session, told = online.open_session(config("ddpo", focus=0.5, prompts_per_round=2, **SMALL["ddpo"])), []
+    settings = {"focus": 0.5, "prompts_per_round": 2, "rounds": 4, "asynchronous_rewards": ahead}
+    session, told = online.open_session(config("ddpo", **settings, **SMALL["ddpo"])), []
     rule = session.rule
 
     def listening(scored):
@@ -122,6 +125,39 @@ def test_a_rule_is_told_the_prompts_that_were_sampled(config):
         online.one_round(session)
     assert all(given == sampled for given, sampled in told)
     assert len({prompt for given, _ in told for prompt in given}) > 2
+
+
+def test_rewards_are_computed_while_the_next_round_is_sampled(config, tmp_path):
+    """The first round is as ever; those after it are drawn before the update before them, and say so."""
+    (tmp_path / "who.py").write_text(
+        "import threading\n"
+        "def who(images, prompts, metadata):\n"
+        "    red = images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))\n"
+        "    return red + 100 * (threading.current_thread() is not threading.main_thread())\n"
+    )
+    settings = {"reward": f"{tmp_path / 'who.py'}:who", "rounds": 3, "update": {"learning_rate": 0.05}}
+    at_once, ahead = (
+        rows(online.train(config("flow_grpo", **settings, asynchronous_rewards=on, output_dir=str(tmp_path / str(on)))))
+        for on in (False, True)
+    )
+    assert [row["staleness"] for row in at_once[1:]] == [0, 0, 0]
+    assert [row["staleness"] for row in ahead[1:]] == [0, 1, 1]
+    rewards = [[row["reward"] for row in told[1:]] for told in (at_once, ahead)]
+    assert rewards[1][0] == pytest.approx(rewards[0][0] + 100, abs=1e-4)
+    assert rewards[1][1] != pytest.approx(rewards[0][1] + 100, abs=1e-4)  # of the policy that had not learnt yet
+    deviations = [row["ratio/first_deviation"] for row in ahead[1:]]
+    assert deviations[0] == 0
+    assert min(deviations[1:]) > 0
+    assert [row["network_calls"] for row in ahead[1:]] == [row["network_calls"] for row in at_once[1:]]
+
+
+def test_what_was_judged_is_not_judged_again(config, tmp_path):
+    settings = {"reward_cache": str(tmp_path / "rewards.sqlite"), "rounds": 1}
+    first, again = (
+        rows(online.train(config(**settings, output_dir=str(tmp_path / name)))) for name in ("first", "again")
+    )
+    assert [told[1]["rewards/cached/mean"] for told in (first, again)] == [0, 1]
+    assert first[1]["reward"] == again[1]["reward"]
 
 
 def test_samples_that_teach_nothing_are_left_out(config, tmp_path):
@@ -151,10 +187,8 @@ def test_a_kl_in_the_reward_is_paid_by_each_step(config):
         online.one_round(session)  # the adapter leaves the base, or there would be no KL
     for weight, session in ((0.0, free), (5.0, paid)):
         session.round = 1
-        batch = online.deal(session.stream, 1, session.config, session.accelerator)
-        rollout, plan = online.collect(session, batch)
-        rewards = torch.arange(16.0)
-        told = online.credit(session, batch, plan, rollout, rewards).advantages
+        drawn = samples.draw(session, samples.here(session, 1))
+        told = online.credit(session, drawn, torch.arange(16.0)).advantages
         assert told.shape == ((16, 3) if weight else (16,))
         if weight:
             assert not torch.allclose(told[:, 0], told[:, 1])
@@ -279,9 +313,9 @@ def test_a_round_whose_gradient_overflows_is_counted_and_changes_nothing(config)
 def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count):
     session = online.open_session(config(updates_per_round=2, batch_size=4))
 
-    alone = online.deal(session.stream, 3, session.config, session.accelerator)
+    alone = samples.deal(session.stream, 3, session.config, session.accelerator)
     places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
-    shares = [online.deal(session.stream, 3, session.config, place) for place in places]
+    shares = [samples.deal(session.stream, 3, session.config, place) for place in places]
     updates = [
         [seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)
     ]
@@ -299,15 +333,15 @@ def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count
 def test_pictures_that_share_their_noise_stay_together_where_they_divide_so(config, count):
     session = online.open_session(config(updates_per_round=2, batch_size=4))
     places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
-    shares = [online.deal(session.stream, 3, session.config, place, block=4) for place in places]
+    shares = [samples.deal(session.stream, 3, session.config, place, block=4) for place in places]
     for share in shares:
         for update in share.groups.chunk(2):
             assert (update.bincount()[update.unique()] == 4).all()  # whole groups of four
     assert sorted(seed for share in shares for seed in share.seeds) == sorted(
-        online.deal(session.stream, 3, session.config, session.accelerator).seeds
+        samples.deal(session.stream, 3, session.config, session.accelerator).seeds
     )
-    scattered = online.deal(session.stream, 3, session.config, places[0], block=16)  # one block, two updates
-    assert scattered.seeds == online.deal(session.stream, 3, session.config, places[0]).seeds
+    scattered = samples.deal(session.stream, 3, session.config, places[0], block=16)  # one block, two updates
+    assert scattered.seeds == samples.deal(session.stream, 3, session.config, places[0]).seeds
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ ALGORITHMS = {
     "flow_grpo": "algorithm: flow_grpo\nobjective: {clip: 0.02}\nupdate: {ema_decay: 0.9, ema_every: 2}",
     # What is kept from round to round besides weights: a value net with its optimiser, and a buffer of old steps.
     "dpok": "algorithm: dpok\nupdate: {ema_decay: 0.0}\nreplay: {capacity: 24, micro_batches: 2}",
-    "diffusion_nft": "focus: 0.5\nreplay: {times_per_sample: 2, behaviour_rate: 0.02, behaviour_max: 0.3}",
+    # Samples drawn ahead, with the prompts of their time.
+    "diffusion_nft": "focus: 0.5\nasynchronous_rewards: true\n"
+    "replay: {times_per_sample: 2, behaviour_rate: 0.02, behaviour_max: 0.3}",
 }
 
 

@@ -105,11 +105,11 @@ class PromptStream:
 
     def round(self, index: int) -> list[dict[str, Any]]:
         """The `per_round` prompts of round `index`, which counts from 0."""
-        return [self.prompts[place] for place in self._places(index)]
+        return [self.prompts[place] for place in self.places(index)]
 
-    def saw(self, index: int, spread: Sequence[float]) -> None:
-        """Learn the standard deviation of the rewards of each prompt of round `index`; half of the old value stays."""
-        for place, new in zip(self._places(index), spread, strict=True):
+    def saw(self, places: Sequence[int], spread: Sequence[float]) -> None:
+        """Learn the standard deviation of the rewards of the prompts at `places`; half of the old value stays."""
+        for place, new in zip(places, spread, strict=True):
             self.spread[place] = new if np.isnan(self.spread[place]) else (self.spread[place] + new) / 2
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +123,8 @@ class PromptStream:
             )
         self.spread = state["spread"].numpy().copy()
 
-    def _places(self, index: int) -> list[int]:
+    def places(self, index: int) -> list[int]:
+        """Where in `prompts` those of round `index` are."""
         if index < 0:
             raise ValueError(f"round {index}: rounds count from 0")
         count = len(self.prompts)

@@ -14,25 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from burnish.advantages import group_std, selected
 from burnish.algorithms import ALGORITHMS
-from burnish.collectors import Deal, seed_of
 from burnish.config import override
 from burnish.credit import Scored
-from burnish.data import PromptStream
 from burnish.errors import UserError
 from burnish.evaluation import group_distance, thumbnails
 from burnish.replay import Experience, penalty
 from burnish.report import describe
-from burnish.rewards import score
-from burnish.rollout import Plan, Rollout, sample
 from burnish.trainers.look import look
 from burnish.trainers.progress import Progress
 from burnish.trainers.run import stoppable
-from burnish.trainers.session import Session, open_session
+from burnish.trainers.samples import Samples, next_samples
+from burnish.trainers.session import Origin, Session, open_session
 from burnish.trainers.settings import EvaluationConfig, OnlineConfig, load
 from burnish.trainers.update import UpdateConfig
 
@@ -46,28 +42,6 @@ def resume(directory: Path) -> Path:
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory} holds no config.yaml, so there is no run to resume: give a run's directory")
     return train(load(directory / "config.yaml", [override("output_dir", str(directory))]), resuming=True)
-
-
-def deal(stream: PromptStream, index: int, config: OnlineConfig, accelerator: Accelerator, block: int = 1) -> Deal:
-    """The samples of round `index`: every update's share is spread evenly over the processes.
-
-    Samples that share their noise, `block` of them, stay on one process and in one update where they divide so.
-    """
-    prompts = stream.round(index)
-    count = len(prompts) * config.num_generations
-    block = 1 if count % (block * config.updates_per_round * accelerator.num_processes) else block
-    generator = torch.Generator().manual_seed(seed_of(config.seed, "deal", index))
-    order = (torch.randperm(count // block, generator=generator)[:, None] * block + torch.arange(block)).flatten()
-    mine = order.view(config.updates_per_round, accelerator.num_processes, -1)[:, accelerator.process_index].flatten()
-    groups = mine // config.num_generations
-    return Deal(
-        index,
-        prompts,
-        groups,
-        mine % config.num_generations,
-        [seed_of(config.seed, "picture", index, int(place)) for place in mine],
-        [seed_of(config.seed, "prompt", index, group) for group in range(len(prompts))],
-    )
 
 
 def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
@@ -99,29 +73,30 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
 
 def one_round(session: Session) -> dict[str, float]:
     """Prompts, rollout, reward, advantage, updates: one round of online learning, and what there is to say of it."""
-    config, policy, accelerator = session.config, session.policy, session.accelerator
-    clock, called = [time.perf_counter()], policy.calls
-    block = session.collector.block(config.num_generations)
-    batch = deal(session.stream, session.round, config, accelerator, block)
+    policy, accelerator = session.policy, session.accelerator
+    clock = [time.perf_counter()]
     policy.autocast = lambda: accelerator.autocast()
-    rollout, plan = collect(session, batch)
-    with torch.no_grad():
-        images = policy.decode(rollout.latents)
+    samples = next_samples(session)
+    called = policy.calls - samples.calls
     clock.append(time.perf_counter())
-    scores = score(session.reward, images, rollout.prompts, batch.prompts)
-    rewards, groups = session.everywhere(scores.total), session.everywhere(batch.groups)
+    scores = samples.scores()
+    rewards, groups = session.everywhere(scores.total), session.everywhere(samples.batch.groups)
     spread = group_std(rewards, groups)
-    session.stream.saw(session.round, spread.tolist())
-    experience = credit(session, batch, plan, rollout, scores.total)
+    session.stream.saw(samples.origin.places, spread.tolist())
+    experience = credit(session, samples, scores.total)
     clock.append(time.perf_counter())
-    metrics = learn(session, experience)
+    staleness = session.update.steps - samples.origin.steps
+    metrics = learn(session, experience, samples.origin)
     decay = session.replay.behaviour_decay(session.update.steps)
     for name, parameter in policy.trainable().items():
         session.behaviour[name].lerp_(parameter.detach(), 1 - decay)
     policy.autocast = nullcontext  # pictures to look at, and evaluation, are in full precision
     clock.append(time.perf_counter())
     parts = {name: session.everywhere(part) for name, part in scores.parts.items()}
-    everyone = groups.cpu()
+
+    def apart(pictures: Tensor) -> float:
+        return group_distance(session.everywhere(thumbnails(pictures)).cpu(), groups.cpu()).item()
+
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
@@ -129,46 +104,22 @@ def one_round(session: Session) -> dict[str, float]:
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "trained_samples": float(len(experience) * accelerator.num_processes),
         "network_calls": session.everywhere(torch.tensor([policy.calls - called])).sum().item(),
-        "diversity/pixels": group_distance(session.everywhere(thumbnails(images)).cpu(), everyone).item(),
-        "diversity/latents": group_distance(session.everywhere(thumbnails(rollout.latents)).cpu(), everyone).item(),
+        "staleness": float(staleness),
+        "diversity/pixels": apart(samples.images),
+        "diversity/latents": apart(samples.rollout.latents),
         **metrics,
         **{f"seconds/{stage}": clock[n + 1] - clock[n] for n, stage in enumerate(("rollout", "reward", "update"))},
     }
 
 
-def collect(session: Session, batch: Deal) -> tuple[Rollout, Plan]:
-    """The pictures of a round, as latents, sampled by the behaviour policy as the collector plans."""
-    config, policy = session.config, session.policy
-    grid = policy.grid(config.rollout.steps, config.rollout.height, config.rollout.width)
-    plan = session.collector.plan(batch, grid, policy.process.has_noise(session.sampler))
-    with policy.weights(session.behaviour):
-        rollout = sample(
-            policy,
-            [prompt["prompt"] for prompt in batch.prompts],
-            steps=config.rollout.steps,
-            guidance=config.rollout.guidance,
-            sampler=session.sampler,
-            solver=session.solver,
-            seeds=batch.seeds,
-            plan=plan,
-            keep=session.replay.keep,
-            reference_kl=config.kl_reward > 0,
-            batch_size=config.batch_size,
-            height=config.rollout.height,
-            width=config.rollout.width,
-        )
-    return rollout, plan
-
-
-def credit(session: Session, batch: Deal, plan: Plan, rollout: Rollout, rewards: Tensor) -> Experience:
+def credit(session: Session, samples: Samples, rewards: Tensor) -> Experience:
     """Advantages of this process' samples, and only the samples that are worth training on."""
-    config = session.config
+    config, batch, plan, rollout = session.config, samples.batch, samples.plan, samples.rollout
     paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
     peers = session.everywhere(session.collector.peers(batch, plan))
     scored = Scored(
         rewards=session.everywhere(paid),
         peers=peers,
-        # Not asked of the stream again, which by now has seen these rewards and, with `focus`, would draw others.
         prompts=[batch.round[group]["prompt"] for group in session.everywhere(batch.groups).tolist()],
         nodes=session.everywhere(plan.streams[:, 1:]),
         rollout=rollout,
@@ -195,21 +146,22 @@ def filled(session: Session, chosen: Tensor) -> Tensor:
     return torch.cat([chosen.nonzero()[:, 0], others]).sort().values
 
 
-def learn(session: Session, experience: Experience) -> dict[str, float]:
+def learn(session: Session, experience: Experience, origin: Origin) -> dict[str, float]:
     """The updates of one round; a micro-batch is a slice of the rollout, in the rollout's own geometry.
 
     The gradient is the mean over an update's samples and over the network calls that the replay makes for each.
     """
     config, replay, sums, losses = session.config, session.replay, {}, 0
     stepped: dict[str, float] = {}
+    fresh = replay.fresh and session.update.steps == origin.steps
     for epoch in range(config.inner_epochs):
         for parts in replay.updates(replace(experience, epoch=epoch), config.updates_per_round, config.batch_size):
             for part in parts:
                 weight = 1 / (len(parts) * replay.calls(part.rollout.kept))
-                for loss, metrics in replay.losses(session.policy, part, session.behaviour, session.objective):
+                for loss, metrics in replay.losses(session.policy, part, origin.behaviour, session.objective):
                     session.update.backward(loss * weight)
                     if losses == 0:
-                        if replay.fresh:
+                        if fresh:
                             _check_ratio(metrics)
                         sums["ratio/first_deviation"] = metrics.get("ratio/max_deviation", loss.new_zeros(()))
                     losses += 1

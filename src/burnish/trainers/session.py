@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,30 @@ from burnish.errors import UserError
 from burnish.evaluation import check_judgeable
 from burnish.policies import Policy, load_policy
 from burnish.replay import Replay
-from burnish.rewards import load_callable
+from burnish.rewards import CachedReward, load_callable
 from burnish.trainers.run import Run
 from burnish.trainers.settings import OnlineConfig
 from burnish.trainers.update import Update
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What the samples of round `index` come from: `places` of their prompts in the stream, the weights `behaviour`,
+    after so many optimiser `steps`."""
+
+    index: int
+    places: list[int]
+    steps: int
+    behaviour: dict[str, Tensor]
+
+
 @dataclass(eq=False)
 class Session:
-    """What a run works with. `behaviour`: the weights that sample; `round`: how many rounds are done."""
+    """What a run works with. `behaviour`: the weights that sample; `round`: how many rounds are done.
+
+    `ahead`: the samples of the next round, and `origin` what they come from, where they are drawn before their time
+    (`burnish.trainers.samples`). `worker`: where their rewards are computed.
+    """
 
     config: OnlineConfig
     accelerator: Accelerator
@@ -50,6 +66,9 @@ class Session:
     detector: Callable[..., Any] | None
     run: Run
     round: int = 0
+    origin: Origin | None = None
+    ahead: Any = None
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reward"))
 
     def everywhere(self, values: Tensor) -> Tensor:
         """`values` [share, ...] of every process, one after the other, on every process."""
@@ -68,6 +87,7 @@ class Session:
             "prompts": self.stream.state_dict(),
             "rule": self.rule.state_dict(),
             "replay": {name: self.everywhere(tensor) for name, tensor in self.replay.state_dict().items()},
+            "ahead": self.origin and vars(self.origin),
             "rng": checkpoint.rng_state(),
         }
 
@@ -78,6 +98,7 @@ class Session:
         self.stream.load_state_dict(state["prompts"])
         self.rule.load_state_dict(state["rule"])
         self.replay.load_state_dict({name: self.mine(tensor) for name, tensor in state["replay"].items()})
+        self.origin = Origin(**state["ahead"]) if state["ahead"] else None
         checkpoint.restore_rng_state(state["rng"])
 
 
@@ -88,6 +109,8 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     check_sizes(config, accelerator.num_processes)
     prompts, held_out = load_prompts(config.prompts), []
     reward, detector = load_callable(config.reward), None
+    if config.reward_cache:
+        reward = CachedReward(reward, config.reward_cache)
     if config.evaluation.prompts:
         if not config.evaluation.detector:
             raise UserError("evaluation.prompts is set, but evaluation.detector is not: name one, as module:function")
@@ -202,7 +225,13 @@ def make_rule(config: OnlineConfig) -> Rule:
             f"drop_zero_advantages drops what equals its group, and {row.title} does not compare: set false"
         )
     named = inspect.signature(row.objective).parameters
-    if "log_prob" in named and "old_log_prob" not in named and config.updates_per_round * config.inner_epochs > 1:
+    unweighted = "log_prob" in named and "old_log_prob" not in named
+    if unweighted and config.asynchronous_rewards:
+        raise UserError(
+            f"{row.title} has no ratio, so it cannot learn from samples that are a round old: set "
+            "asynchronous_rewards=false"
+        )
+    if unweighted and config.updates_per_round * config.inner_epochs > 1:
         raise UserError(
             f"{row.title} has no ratio, so a second update in a round would be off its policy: set updates_per_round=1 "
             "and inner_epochs=1"

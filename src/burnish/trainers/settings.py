@@ -49,6 +49,8 @@ class OnlineConfig:
     drop_zero_advantages: bool = False  # samples of a group whose rewards agree are not trained on
     extremes: Annotated[int, Gt(1)] | None = None  # of each group so many are trained on, the best and the worst
     kl_reward: Annotated[float, Ge(0)] = 0.0  # times each step's KL to the base, taken from that step's reward
+    asynchronous_rewards: bool = False  # computed while the next round is sampled, which makes that a round stale
+    reward_cache: str | None = None  # a file in which rewards are kept, by picture, prompt and the reward's own source
     batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     weight_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
