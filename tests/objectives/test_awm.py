@@ -44,6 +44,13 @@ def test_hand_derived_kl_term():
     exactly(loss.item(), 0.012)
 
 
+def test_hand_derived_pull_to_the_old_policy():
+    v, old = doubles(3).view(1, 1), doubles(1).view(1, 1)
+    loss, metrics = awm(v, old, None, **ONE, advantages=doubles(0), old_weight=0.5, kl_weight=0.0)
+    exactly(metrics["old_deviation"].item(), 4.0)
+    exactly(loss.item(), 2.0)
+
+
 def test_on_policy_limit_is_weighted_matching():
     # At v = v_old the ratio is 1 and the gradient that of A d, the matching loss weighted by the advantage, over 5.
     v = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -56,16 +63,16 @@ def test_on_policy_limit_is_weighted_matching():
     exactly(gradient, torch.autograd.grad(matching, v)[0])
 
 
-@pytest.mark.parametrize(("advantage", "kl_weight"), [(1.0, 0.0), (0.0, 0.1)])
+@pytest.mark.parametrize(("advantage", "old_weight", "kl_weight"), [(1.0, 0, 0), (0.0, 0.1, 0), (0.0, 0, 0.1)])
 @pytest.mark.parametrize("weighting", ["uniform", "s", "s2", "huber", "ghuber"])
-def test_every_term_moves_the_policy(weighting, advantage, kl_weight):
+def test_every_term_moves_the_policy(weighting, advantage, old_weight, kl_weight):
     v = torch.zeros(2, 3, requires_grad=True)
     x0 = -torch.ones(2, 3)  # noise 0: the target velocity is 1
     s = torch.full((2,), 0.5)
     reference = torch.ones(2, 3) if kl_weight else None
     awm(
-        v, torch.zeros(2, 3), reference, 0.5 * x0, s, x0, torch.full((2,), advantage),
-        weighting=weighting, kl_weight=kl_weight,
+        v, torch.full((2, 3), float(old_weight > 0)), reference, 0.5 * x0, s, x0, torch.full((2,), advantage),
+        weighting=weighting, old_weight=old_weight, kl_weight=kl_weight,
     )[0].backward()  # fmt: skip
     assert (v.grad < 0).all()
 

@@ -3,14 +3,16 @@ r"""AWM, advantage-weighted matching: the policy gradient with the flow-matching
     l    = -mean( (v - (noise - x0))^2 ) weighted:  uniform l,   s: s l,   s2: s^2 l,
            huber -(sqrt(d + 1e-10) - 1e-5) s,   ghuber -((d + 1e-10)^p - (1e-10)^p) s / p,   d = -l, p = 1/4
     r    = exp( l - l_old ),   on the same (s, noise)
-    loss = mean( max(-A r, -A clip(r, 1 - eps, 1 + eps)) ) / advantage_clip + kl_weight mean( (v - v_ref)^2 )
+    loss = mean( max(-A r, -A clip(r, 1 - eps, 1 + eps)) ) / advantage_clip
+           + old_weight mean( (v - v_old)^2 ) + kl_weight mean( (v - v_ref)^2 )
 
 No SDE, no trajectory: any solver makes x0.
 Shapes: predictions, x, x0 [batch, *latent]; s, advantages [batch].
-Units:  l in units of v^2 (ghuber: its square root), in fp64; kl in units of v^2.
+Units:  l in units of v^2 (ghuber: its square root), in fp64; kl and old_deviation in units of v^2.
 Reference: Xue et al. 2025, Advantage Weighted Matching, https://arxiv.org/abs/2509.25050;
     scxue/advantage_weighted_matching scripts/train_sd3_awm.py ("exp_first": a ratio for each (s, sample)).
-Differs from: the code adds ema_beta mean((v - v_ema)^2); that pull to an averaged policy is left out.
+Differs from: the code's ema_beta = 1 pulls to an average that follows with min(.3, .001 step) and samples only with
+    off_policy. Here `old_weight` pulls to the sampling policy, which is no pull, hence 0, unless that one lags.
 """
 
 from typing import Annotated, Literal
@@ -37,6 +39,7 @@ def awm(
     *,
     weighting: Literal["uniform", "s", "s2", "huber", "ghuber"] = "ghuber",  # the released config
     clip: Annotated[float, Gt(0)] = 1.0,  # with ghuber; 0.01 with the others
+    old_weight: Annotated[float, Ge(0)] = 0.0,
     kl_weight: Annotated[float, Ge(0)] = 3e-3,  # config/dgx_awm.py, GenEval and OCR; 1e-4 for PickScore
     advantage_clip: Annotated[float, Gt(0)] = 5.0,
 ) -> tuple[Scalar, dict[str, Scalar]]:
@@ -57,9 +60,14 @@ def awm(
 
     log_ratio = score(prediction) - score(old_prediction.detach())
     terms, metrics = clipped_terms(log_ratio, advantages.double(), clip, advantage_clip)
-    policy_loss = terms.mean() / advantage_clip
-    metrics["policy_loss"] = policy_loss.detach()
+
+    def deviation(other: Latent) -> Scalar:
+        return (prediction.double() - other.detach().double()).square().mean()
+
+    policy_loss, pull = terms.mean() / advantage_clip, deviation(old_prediction)
+    loss = policy_loss + old_weight * pull
+    metrics |= {"policy_loss": policy_loss.detach(), "old_deviation": pull.detach()}
     if reference_prediction is None:
-        return policy_loss, metrics
-    kl = (prediction.double() - reference_prediction.detach().double()).square().mean()
-    return policy_loss + kl_weight * kl, metrics | {"kl": kl.detach()}
+        return loss, metrics
+    kl = deviation(reference_prediction)
+    return loss + kl_weight * kl, metrics | {"kl": kl.detach()}
