@@ -40,7 +40,7 @@ def test_independent_chains_share_nothing_unless_they_begin_together():
     assert columns(Independent(same_noise=True), batch) == [2] + [32] * 10
     plan = Independent().plan(batch, GRID, False)
     assert plan.length == 0  # no noise in the sampler, none in the plan
-    assert torch.equal(Independent().peers(batch, plan), batch.groups)
+    assert torch.equal(Independent().peers(batch), batch.groups)
 
 
 def test_a_sliding_window_goes_from_low_to_high_shrinks_and_begins_again():
@@ -76,7 +76,7 @@ def test_branches_share_their_trunk_and_their_noise_is_in_one_step():
     batch = deal(prompts=2, group=12)
     plan = Branches(branches=4).plan(batch, GRID, True)
     assert plan.length == 1
-    points = Branches(branches=4).peers(batch, plan)
+    points = Branches(branches=4).peers(batch)
     assert len(points.unique()) == 2 * 3
     for point in points.unique():
         here = points == point
@@ -111,7 +111,7 @@ def test_a_process_plans_its_share_as_the_whole_would_be():
         part = collector.plan(half, grid, True)
         assert torch.equal(part.streams, whole.streams[16:])
         assert torch.equal(part.first, whole.first[16:])
-        assert torch.equal(collector.peers(half, part), collector.peers(batch, whole)[16:])
+        assert torch.equal(collector.peers(half), collector.peers(batch)[16:])
 
 
 @pytest.mark.parametrize(

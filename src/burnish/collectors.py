@@ -67,13 +67,26 @@ class Collector(Protocol):
         """`noise`: whether the sampler that was chosen has any."""
         ...
 
-    def peers(self, deal: Deal, plan: Plan) -> Int[Tensor, " batch"]:
+    def peers(self, deal: Deal) -> Int[Tensor, " batch"]:
         """Whom each picture is compared with: those of the same number."""
         ...
 
 
+class ByPrompt:
+    """Each picture for itself, against the others of its prompt."""
+
+    def block(self, group: int) -> int:
+        return 1
+
+    def check(self, steps: int, group: int) -> None:
+        pass
+
+    def peers(self, deal: Deal) -> Int[Tensor, " batch"]:
+        return deal.groups
+
+
 @dataclass(frozen=True, kw_only=True)
-class Independent:
+class Independent(ByPrompt):
     """Whole chains, each with noise of its own in every step.
 
     `same_noise`: the pictures of a prompt begin with the same noise (DanceGRPO's init_same_noise), so that what differs
@@ -82,21 +95,12 @@ class Independent:
 
     same_noise: bool = False
 
-    def block(self, group: int) -> int:
-        return 1
-
-    def check(self, steps: int, group: int) -> None:
-        pass
-
     def plan(self, deal: Deal, grid: Grid, noise: bool) -> Plan:
         return _beginning_together(independent(deal.seeds, grid, noise=noise), deal, self.same_noise)
 
-    def peers(self, deal: Deal, plan: Plan) -> Int[Tensor, " batch"]:
-        return deal.groups
-
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class Window(ByPrompt):
     """Noise, and training, in `size` steps that follow one another; the solver takes the rest.
 
     "sliding": the window is at a place for `every` rounds, then a step further; it begins at step `low`, shrinks at
@@ -115,9 +119,6 @@ class Window:
     high: Annotated[int, Gt(0)] | None = None  # the first that it may not; null: all but the chain's last two
     finish: Annotated[float, Gt(0), Le(1)] = 1.0  # MixGRPO-Flash 0.4
     same_noise: bool = False
-
-    def block(self, group: int) -> int:
-        return 1
 
     def check(self, steps: int, group: int) -> None:
         if not self.low < self._high(steps) <= steps:
@@ -147,9 +148,6 @@ class Window:
             return int(draw.integers(self.low, high - self.size + 1)), self.size
         first = self.low + deal.index // self.every % (high - self.low)
         return first, min(self.size, high - first)
-
-    def peers(self, deal: Deal, plan: Plan) -> Int[Tensor, " batch"]:
-        return deal.groups
 
     def _high(self, steps: int) -> int:
         return max(1, steps - 2) if self.high is None else self.high
@@ -188,12 +186,12 @@ class Branches:
         plan = replace(independent(deal.seeds, grid, noise=noise), first=torch.tensor(first), length=1)
         return replace(plan, streams=torch.cat([torch.tensor(trunks)[:, None], plan.streams[:, 1:]], dim=1))
 
-    def peers(self, deal: Deal, plan: Plan) -> Int[Tensor, " batch"]:
+    def peers(self, deal: Deal) -> Int[Tensor, " batch"]:
         return deal.groups * POINTS + deal.members // self.branches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tree:
+class Tree(ByPrompt):
     """Chains that share their noise until they part, by `children` at each step of `splits`.
 
     The pictures of a prompt are the leaves of one tree, so its group has children ^ len(splits) of them.
@@ -228,9 +226,6 @@ class Tree:
         """How often the tree has split when leaf `member` has taken `step`, and which of the branches it is in."""
         parted = sum(split <= step for split in self.splits)
         return parted, member // self.children ** (len(self.splits) - parted)
-
-    def peers(self, deal: Deal, plan: Plan) -> Int[Tensor, " batch"]:
-        return deal.groups
 
 
 def _beginning_together(plan: Plan, deal: Deal, together: bool) -> Plan:

@@ -116,7 +116,7 @@ def credit(session: Session, samples: Samples, rewards: Tensor) -> Experience:
     """Advantages of this process' samples, and only the samples that are worth training on."""
     config, batch, plan, rollout = session.config, samples.batch, samples.plan, samples.rollout
     paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
-    peers = session.everywhere(session.collector.peers(batch, plan))
+    peers = session.everywhere(session.collector.peers(batch))
     scored = Scored(
         rewards=session.everywhere(paid),
         peers=peers,
