@@ -1,5 +1,6 @@
 """SFT and RWR: the denoising error, plain and weighted."""
 
+import math
 from functools import partial
 
 import pytest
@@ -33,6 +34,18 @@ def test_rwr_sparse_hand_derived_value():
     loss, metrics = rwr(doubles(10, 20, 30, 40), doubles(1, 2, 3, 4), quantile=0.5)
     exactly(loss.item(), 35.0)
     exactly(metrics["effective_samples"].item(), 2.0)
+
+
+def test_rwr_per_prompt_hand_derived_value():
+    # Of the first prompt 3/4 and 1/4 (a difference of T log 3), of the second all there is; half of the weight each.
+    rewards, groups = doubles(0.2 * math.log(3), 5, 0), torch.tensor([7, 2, 7])
+    loss, metrics = rwr(doubles(2, 3, 6), rewards, groups, per_prompt=True)
+    exactly(loss.item(), (0.75 * 2 + 0.25 * 6 + 3) / 2)
+    exactly(metrics["effective_samples"].item(), 1 / (0.375**2 + 0.125**2 + 0.5**2))
+    one = torch.zeros(3, dtype=torch.long)
+    exactly(rwr(doubles(2, 3, 6), rewards, one, per_prompt=True)[0], rwr(doubles(2, 3, 6), rewards)[0])
+    with pytest.raises(ValueError, match="pass groups"):
+        rwr(doubles(2, 3, 6), rewards, per_prompt=True)
 
 
 def test_rwr_limits():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from burnish.policies import Policy
@@ -65,7 +66,8 @@ class InTurn:
 
 @dataclass(frozen=True, eq=False)
 class Quantities:
-    """What an objective may ask for by name, of some samples: `rewards`, `advantages` [batch], and what subclasses add.
+    """What an objective may ask for by name, of some samples: `rewards`, `advantages`, `groups` [batch], and what
+    subclasses add. `groups` are equal for samples of the same prompt.
 
     What nobody asks for is not computed.
     """
@@ -84,6 +86,11 @@ class Quantities:
     @property
     def advantages(self) -> Tensor:
         return self.experience.advantages
+
+    @property
+    def groups(self) -> Tensor:
+        prompts = self.rollout.prompts
+        return torch.tensor([prompts.index(prompt) for prompt in prompts], device=self.rewards.device)
 
 
 def handed(objective: Objective, quantities: Quantities) -> Loss:
