@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from burnish.config import dump_config, override
 from burnish.errors import UserError
 from burnish.pipeline import benchmark
-from burnish.pipeline.benchmark import Outcome, outcome, write
+from burnish.pipeline.benchmark import Outcome, draw, outcome, write
 from burnish.trainers import online
 
 
@@ -48,6 +48,17 @@ def test_the_table_has_means_spread_and_calls_to_flow_grpos_end(tmp_path):
     assert grpo[-1] == ddpo[-1] == "-"
     assert mix[5] == "+60.0 ± 5.5"  # 1.96 sqrt(2) 0.02
     assert json.loads((tmp_path / "benchmark.json").read_text())[0]["recipe"] == "shapes/flow_grpo"
+
+
+def test_the_picture_has_a_panel_a_model_and_the_mean_of_the_seeds(tmp_path):
+    flow, ddpm = draw(RUNS).axes
+    assert [text.get_text() for text in flow.texts] == ["MixGRPO", "Flow-GRPO"]
+    assert [text.get_text() for text in ddpm.texts] == ["DDPO-IS"]
+    grpo = flow.lines[2]  # each is a line and the dot at its end
+    assert list(grpo.get_xdata()) == [0, 1, 3]
+    assert list(grpo.get_ydata()) == pytest.approx([0.2, 0.45, 0.55])
+    write(RUNS, tmp_path)
+    assert (tmp_path / "benchmark.svg").read_text().count("<svg") == 1
 
 
 SMALL = ["model={flow}", "rounds=1", "prompts_per_round=2", "num_generations=2", "updates_per_round=1", "batch_size=4"]

@@ -266,7 +266,7 @@ def demo(output: Output = None) -> None:
 @app.command()
 def benchmark(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Shipped recipes; all of shapes/.")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Shipped recipes; all of shapes/ but the longest.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each recipe.")] = None,
     output: Output = None,

@@ -1,5 +1,6 @@
 """Methods side by side: the same world, each by its own recipe, several seeds, one table."""
 
+import io
 import json
 import math
 import statistics
@@ -8,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 
 from burnish.algorithms import ALGORITHMS
@@ -61,7 +64,8 @@ def benchmark(
     """Train every recipe (all of shapes/ but `LONG` unless named) with each seed, and set the runs side by side.
 
     Each run is `output`/RECIPE-SEED. What is finished is left as it is, what was stopped goes on: the command may be
-    stopped and given again. Writes benchmark.json and benchmark.md there after each run; `table_only` trains nothing.
+    stopped and given again. Writes benchmark.json, benchmark.md and benchmark.svg there after each run; `table_only`
+    trains nothing.
     """
     known = [name for name, _ in list_recipes() if name.startswith("shapes/") and name not in LONG]
     chosen, outcomes, console = list(recipes) or known, [], Console(highlight=False)
@@ -83,7 +87,7 @@ def benchmark(
     if not outcomes:
         raise UserError(f"{output} holds no finished run: leave --table-only away")
     print_table(*_table(outcomes))
-    console.print(f"\n{output / 'benchmark.md'}")
+    console.print(f"\n{output / 'benchmark.md'}, with curves in benchmark.svg")
     return outcomes
 
 
@@ -108,15 +112,52 @@ def write(outcomes: Sequence[Outcome], output: Path) -> None:
     lines = [columns, ["---"] * len(columns), *rows]
     atomic_write(output / "benchmark.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
     atomic_write(output / "benchmark.json", json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
+    picture = io.BytesIO()
+    draw(outcomes).savefig(picture, format="svg", metadata={"Date": None})
+    atomic_write(output / "benchmark.svg", picture.getvalue())
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
+    """Accuracy over network calls, the mean of the seeds of each recipe, a panel for each kind of model."""
+    models = sorted({one.model for one in outcomes}, key=lambda model: model != "flow")
+    figure = Figure(figsize=(6.4 * len(models), 4.6), layout="constrained")
+    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        groups = [runs for runs in _by_recipe(outcomes) if runs[0].model == model]
+        heights: list[float] = []
+        for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
+            calls, accuracy = zip(*(map(_mean, zip(*points, strict=True)) for points in _together(runs)), strict=True)
+            thousands = [count / 1000 for count in calls]
+            (line,) = panel.plot(thousands, accuracy, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+            panel.plot(thousands[-1], accuracy[-1], "o", color=line.get_color(), markersize=4)
+            heights.append(min([accuracy[-1], *(height - 0.026 for height in heights[-1:])]))  # no label over another
+            panel.annotate(
+                ALGORITHMS[runs[0].algorithm].title, (thousands[-1], accuracy[-1]), (1.01, heights[-1]),
+                xycoords="data", textcoords=("axes fraction", "data"), color=line.get_color(), fontsize=8,
+                verticalalignment="center", arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.25},
+            )  # fmt: skip
+        panel.set(title=f"shapes world, {model} base", xlabel="network calls (thousands)", ylabel="held-out accuracy")
+        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _together(runs: Sequence[Outcome]) -> list[list[tuple[float, float]]]:
+    """The points of the runs' curves, evaluation by evaluation."""
+    return [list(points) for points in zip(*(one.curve for one in runs), strict=True)]
+
+
+def _by_recipe(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        groups.setdefault(one.recipe, []).append(one)
+    return list(groups.values())
 
 
 def _table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
     """A row a recipe, those of a model together and the largest gain first."""
     target = _target(outcomes)
-    groups: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        groups.setdefault(one.recipe, []).append(one)
-    order = sorted(groups.values(), key=lambda runs: (runs[0].model != "flow", -_mean(one.gain for one in runs)))
+    order = sorted(_by_recipe(outcomes), key=lambda runs: (runs[0].model != "flow", -_mean(one.gain for one in runs)))
     columns = [column.format(target=f"{target:.0%}") for column in COLUMNS]
     return columns, [_row(runs, target) for runs in order]
 
