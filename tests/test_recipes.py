@@ -116,7 +116,12 @@ def test_sd35_recipes_are_as_published():
     assert grpo.updates_per_round == 2
     assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "dpm2")
     assert nft.objective == {"beta": 1, "kl_weight": 1e-4, "advantage_clip": 5}
-    assert nft.replay == {"times_per_sample": 10, "behaviour_rate": 0.001, "behaviour_max": 0.5}
+    assert nft.replay == {
+        "times_per_sample": 10,
+        "timestep_fraction": 1,
+        "behaviour_rate": 0.001,
+        "behaviour_max": 0.5,
+    }
 
 
 @pytest.mark.parametrize(("name", "processes"), [("sd3.5/flow_grpo_geneval", 32), ("sd3.5/diffusion_nft_geneval", 8)])

@@ -409,11 +409,13 @@ class Recorder:
         return torch.stack([call[name].detach() for call in self.calls])
 
 
-def replayed(policy: Policy, rollout: Rollout, calls: int, behaviour=None, **options) -> Recorder:
+def replayed(
+    policy: Policy, rollout: Rollout, calls: int, behaviour=None, fraction: float = 1.0, **options
+) -> Recorder:
     recorder = Recorder()
     objective = partial(recorder, **options)
     behaviour = weights_of(policy) if behaviour is None else behaviour
-    replay = ForwardProcess(times_per_sample=calls)
+    replay = ForwardProcess(times_per_sample=calls, timestep_fraction=fraction)
     assert (
         len(
             list(
@@ -440,6 +442,8 @@ def test_each_sample_sees_the_grids_noise_levels_equally_often(flow):
     assert not torch.equal(s[:, 0], s[:, 1])  # not all in the same order
     few = replayed(flow, rollout, 3).stacked("s")
     assert all(len(column.unique()) == 3 for column in few.T)
+    noisy = replayed(flow, rollout, 9, fraction=0.7).stacked("s")  # int(5 x 0.7) = 3 of the 5
+    assert all(torch.equal(column[:3].sort().values, levels[2:]) for column in noisy.T)
 
 
 def test_draws_depend_on_the_seed_alone(flow):

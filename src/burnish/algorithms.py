@@ -254,7 +254,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         objective=objectives.awm,
         collector=Independent,
         advantages=GroupRelative,
-        replay=partial(ForwardProcess, times_per_sample=6, behaviour_rate=0.0, behaviour_max=0.0),
+        # config/dgx_awm.py train_timesteps, timestep_fraction, off_policy=False
+        replay=partial(
+            ForwardProcess, times_per_sample=6, timestep_fraction=0.9, behaviour_rate=0.0, behaviour_max=0.0
+        ),
         trainer="online",
         processes=(FLOW,),
         paper="https://arxiv.org/abs/2509.25050",

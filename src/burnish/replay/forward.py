@@ -19,11 +19,13 @@ class ForwardProcess(InTurn):
     """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
 
     An objective is handed what its arguments name, of the properties of `Noised`.
-    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting).
+    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting), of
+    whose times the int(steps * timestep_fraction) noisiest count.
     The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
     """
 
     times_per_sample: Annotated[int, Gt(0)] = 10  # NVlabs/DiffusionNFT trains on each of its 10 sampling times
+    timestep_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     behaviour_rate: Annotated[float, Ge(0)] = 0.001  # config/nft.py, decay_type 1
     behaviour_max: Annotated[float, Ge(0), Le(1)] = 0.5  # config/nft.py, decay_type 1
 
@@ -43,7 +45,8 @@ class ForwardProcess(InTurn):
         objective: Objective,
     ) -> Iterator[Loss]:
         rollout = experience.rollout
-        times, shape = rollout.grid.times[: rollout.grid.steps], rollout.latents.shape[1:]
+        shape = rollout.latents.shape[1:]
+        times = rollout.grid.times[: max(1, int(rollout.grid.steps * self.timestep_fraction))]
         levels, noises = zip(*(self._draws(draw, len(times), shape) for draw in experience.draws()), strict=True)
         level, noise = torch.stack(levels, dim=1), torch.stack(noises, dim=1).to(rollout.latents.device)
         for call in range(self.times_per_sample):
