@@ -19,8 +19,8 @@ class ForwardProcess(InTurn):
     """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
 
     An objective is handed what its arguments name, of the properties of `Noised`.
-    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting), or
-    from its int(steps * timestep_fraction) noisiest.
+    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting),
+    or from its int(steps * timestep_fraction) noisiest.
     The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
     """
 
