@@ -20,6 +20,7 @@ ALGORITHMS = {
     "diffusion_nft": {
         "algorithm": "diffusion_nft",
         "focus": 0.5,
+        "asynchronous_rewards": True,
         "replay": {"times_per_sample": 2, "behaviour_rate": 0.02},
     },
 }
