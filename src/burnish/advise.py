@@ -8,6 +8,7 @@ Sources: the papers' own comparisons, and for methods that burnish has, `docs/be
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 from burnish.algorithms import ALGORITHMS
@@ -96,17 +97,26 @@ def _online(situation: Situation, *, style_shift: bool) -> Iterator[tuple[str, s
     yield "mix_grpo", "the fewest network calls of the policy gradients: noise and training in a few steps"
     yield "diffusion_nft", "no noise, no log-probability, no guidance: the least that can be set wrong"
     yield "awm", "the same on a policy gradient's terms, one update a round"
+    yield (
+        "branch_grpo",
+        "about as few calls as MixGRPO: pictures part at the early steps, which are credited one by one",
+    )
     yield "flow_grpo", "the method that others are compared with; its KL to the base is in nats"
     yield "grpo_guard", "Flow-GRPO whose clip acts alike at every step: when the reward is being gamed"
     yield "tempflow_grpo", "credits a single step, when rollouts are cheap and rewards say little of the whole"
     yield "pref_grpo", "when rewards of a prompt's pictures hardly differ, and what differs is noise"
 
 
+@cache  # there are many, and reading one takes a while
+def _shipped() -> list[tuple[str, str]]:
+    return [(recipe, read_recipe(recipe)["algorithm"]) for recipe, _ in list_recipes()]
+
+
 def _recipe(name: str, base: Base) -> str | None:
     """The shipped recipe of an algorithm: for a real model of this kind, then the shapes world's, then FLUX's."""
     if name not in ALGORITHMS:
         return None
-    fitting = [recipe for recipe, _ in list_recipes() if read_recipe(recipe)["algorithm"] == name]
+    fitting = [recipe for recipe, algorithm in _shipped() if algorithm == name]
     families = ({"ddpm": "sd1.5/", "flow": "sd3.5/"}[base], "shapes/")
     order = sorted(fitting, key=lambda recipe: next((n for n, f in enumerate(families) if recipe.startswith(f)), 9))
     return order[0] if order else None

@@ -123,13 +123,14 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     figure = Figure(figsize=(6.4 * len(models), 4.6), layout="constrained")
     for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         groups = [runs for runs in _by_recipe(outcomes) if runs[0].model == model]
-        heights: list[float] = []
+        ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
+        heights, room = [], 0.07 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
             calls, accuracy = zip(*(map(_mean, zip(*points, strict=True)) for points in _together(runs)), strict=True)
             thousands = [count / 1000 for count in calls]
             (line,) = panel.plot(thousands, accuracy, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
             panel.plot(thousands[-1], accuracy[-1], "o", color=line.get_color(), markersize=4)
-            heights.append(min([accuracy[-1], *(height - 0.026 for height in heights[-1:])]))  # no label over another
+            heights.append(min([accuracy[-1], *(height - room for height in heights[-1:])]))  # no label over another
             panel.annotate(
                 ALGORITHMS[runs[0].algorithm].title, (thousands[-1], accuracy[-1]), (1.01, heights[-1]),
                 xycoords="data", textcoords=("axes fraction", "data"), color=line.get_color(), fontsize=8,
