@@ -313,9 +313,9 @@ def test_a_round_whose_gradient_overflows_is_counted_and_changes_nothing(config)
 def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count):
     session = online.open_session(config(updates_per_round=2, batch_size=4))
 
-    alone = samples.deal(session.stream, 3, session.config, session.accelerator)
+    alone = samples.deal(session.stream.round(3), 3, session.config, session.accelerator)
     places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
-    shares = [samples.deal(session.stream, 3, session.config, place) for place in places]
+    shares = [samples.deal(session.stream.round(3), 3, session.config, place) for place in places]
     updates = [
         [seed for share in shares for seed in share.seeds[u * 8 // count : (u + 1) * 8 // count]] for u in (0, 1)
     ]
@@ -333,15 +333,15 @@ def test_dealing_covers_the_round_whatever_the_number_of_processes(config, count
 def test_pictures_that_share_their_noise_stay_together_where_they_divide_so(config, count):
     session = online.open_session(config(updates_per_round=2, batch_size=4))
     places = [Mock(spec=Accelerator, num_processes=count, process_index=index) for index in range(count)]
-    shares = [samples.deal(session.stream, 3, session.config, place, block=4) for place in places]
+    shares = [samples.deal(session.stream.round(3), 3, session.config, place, block=4) for place in places]
     for share in shares:
         for update in share.groups.chunk(2):
             assert (update.bincount()[update.unique()] == 4).all()  # whole groups of four
     assert sorted(seed for share in shares for seed in share.seeds) == sorted(
-        samples.deal(session.stream, 3, session.config, session.accelerator).seeds
+        samples.deal(session.stream.round(3), 3, session.config, session.accelerator).seeds
     )
-    scattered = samples.deal(session.stream, 3, session.config, places[0], block=16)  # one block, two updates
-    assert scattered.seeds == samples.deal(session.stream, 3, session.config, places[0]).seeds
+    scattered = samples.deal(session.stream.round(3), 3, session.config, places[0], block=16)  # one block, two updates
+    assert scattered.seeds == samples.deal(session.stream.round(3), 3, session.config, places[0]).seeds
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def rwr(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} has to be above 0")
-    if per_prompt and groups is None:
+    if not per_prompt:
+        groups = torch.zeros_like(rewards, dtype=torch.long)
+    if groups is None:
         raise ValueError("per_prompt weighs the samples of each prompt: pass groups, or set per_prompt=False")
 
     def weighed(values: Vector) -> Vector:
@@ -44,10 +46,9 @@ def rwr(
         best = (values >= values.quantile(quantile)).to(error.dtype)
         return best / best.sum()
 
-    prompts = groups if per_prompt and groups is not None else torch.zeros_like(rewards)
-    weights, each = error.new_empty(error.shape), prompts.unique()
-    for prompt in each:
-        weights[prompts == prompt] = weighed(rewards.detach()[prompts == prompt]) / len(each)
+    weights, each = error.new_empty(error.shape), groups.unique()
+    for group in each:
+        weights[groups == group] = weighed(rewards.detach()[groups == group]) / len(each)
     loss = (weights * error).sum()
     return loss, {
         "policy_loss": loss.detach(),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -124,15 +125,15 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         groups = [runs for runs in _by_recipe(outcomes) if runs[0].model == model]
         ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
-        heights, room = [], 0.07 * (max(ends) - min(ends))
+        height, room = math.inf, 0.07 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
-            calls, accuracy = zip(*(map(_mean, zip(*points, strict=True)) for points in _together(runs)), strict=True)
-            thousands = [count / 1000 for count in calls]
+            calls, accuracy = np.mean([one.curve for one in runs], axis=0).T
+            thousands = calls / 1000
             (line,) = panel.plot(thousands, accuracy, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
             panel.plot(thousands[-1], accuracy[-1], "o", color=line.get_color(), markersize=4)
-            heights.append(min([accuracy[-1], *(height - room for height in heights[-1:])]))  # no label over another
+            height = min(accuracy[-1], height - room)  # no label over another
             panel.annotate(
-                ALGORITHMS[runs[0].algorithm].title, (thousands[-1], accuracy[-1]), (1.01, heights[-1]),
+                ALGORITHMS[runs[0].algorithm].title, (thousands[-1], accuracy[-1]), (1.01, height),
                 xycoords="data", textcoords=("axes fraction", "data"), color=line.get_color(), fontsize=8,
                 verticalalignment="center", arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.25},
             )  # fmt: skip
@@ -141,11 +142,6 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _together(runs: Sequence[Outcome]) -> list[list[tuple[float, float]]]:
-    """The points of the runs' curves, evaluation by evaluation."""
-    return [list(points) for points in zip(*(one.curve for one in runs), strict=True)]
 
 
 def _by_recipe(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:

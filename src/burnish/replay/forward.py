@@ -82,21 +82,12 @@ class Noised(Quantities):
     def x(self) -> Tensor:
         return self.policy.process.add_noise(self.x0, self.noise, self.s)
 
-    @cached_property
-    def prediction(self) -> Tensor:
-        return self._predict()
-
     def _predict(self) -> Tensor:
         return self.policy.predict(self.x, self.s, self.rollout.conditioning, self.rollout.guidance)
 
     @cached_property
     def old_prediction(self) -> Tensor:
         with self.policy.weights(self.behaviour):
-            return self._predict()
-
-    @cached_property
-    def reference_prediction(self) -> Tensor:
-        with self.policy.reference():
             return self._predict()
 
     @cached_property

@@ -1,8 +1,10 @@
 """What a replay is, and how an objective is handed what it names."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -65,7 +67,7 @@ class InTurn:
 
 
 @dataclass(frozen=True, eq=False)
-class Quantities:
+class Quantities(ABC):
     """What an objective may ask for by name, of some samples: `rewards`, `advantages`, `groups` [batch], and what
     subclasses add. `groups` are equal for samples of the same prompt.
 
@@ -86,6 +88,19 @@ class Quantities:
     @property
     def advantages(self) -> Tensor:
         return self.experience.advantages
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        return self._predict()
+
+    @cached_property
+    def reference_prediction(self) -> Tensor:
+        with self.policy.reference():
+            return self._predict()
+
+    @abstractmethod
+    def _predict(self) -> Tensor:
+        """The network's prediction, by the weights that it has at the moment."""
 
     @property
     def groups(self) -> Tensor:

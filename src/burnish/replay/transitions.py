@@ -86,10 +86,6 @@ class Transition(Quantities):
         told = self.experience.advantages
         return told if told.ndim == 1 else self._at_slot(told)
 
-    @cached_property
-    def prediction(self) -> Tensor:
-        return self._predict()
-
     def _predict(self) -> Tensor:
         return self.policy.predict(
             self._stored(self.rollout.trajectory),
@@ -98,11 +94,6 @@ class Transition(Quantities):
             self.rollout.guidance,
             detach_unconditional=self.replay.detach_unconditional,
         )
-
-    @cached_property
-    def reference_prediction(self) -> Tensor:
-        with self.policy.reference():
-            return self._predict()
 
     @cached_property
     def step(self) -> Gaussian:

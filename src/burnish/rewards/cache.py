@@ -41,7 +41,7 @@ class CachedReward:
             found = {key: json.loads(row[0]) for key in keys if (row := file.execute(query, (key,)).fetchone())}
         # A picture that comes twice in a batch is asked for once.
         missing = list({key: place for place, key in enumerate(keys) if key not in found}.values())
-        known = torch.tensor([float(key in found) for key in keys])
+        known = torch.tensor([float(key in found) for key in keys], device=images.device)
         if missing:
             fresh = score(self.reward, images[missing], [prompts[n] for n in missing], [metadata[n] for n in missing])
             numbers = torch.stack([fresh.total, *fresh.parts.values()], dim=1).tolist()

@@ -4,16 +4,16 @@ With `asynchronous_rewards` the samples of the next round are drawn while the re
 weights that have not learnt from this one yet: they are a round stale.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from burnish.collectors import Deal, seed_of
-from burnish.data import PromptStream
 from burnish.rewards import Scores, score
 from burnish.rollout import Plan, Rollout, sample
 from burnish.trainers.session import Origin, Session
@@ -57,7 +57,8 @@ def here(session: Session, index: int) -> Origin:
 def draw(session: Session, origin: Origin) -> Samples:
     """Sample and decode, and begin with the rewards."""
     called, block = session.policy.calls, session.collector.block(session.config.num_generations)
-    batch = deal(session.stream, origin.index, session.config, session.accelerator, block, origin.places)
+    prompts = [session.stream.prompts[place] for place in origin.places]
+    batch = deal(prompts, origin.index, session.config, session.accelerator, block)
     rollout, plan = collect(session, batch, origin.behaviour)
     with torch.no_grad():
         images = session.policy.decode(rollout.latents)
@@ -68,19 +69,12 @@ def draw(session: Session, origin: Origin) -> Samples:
 
 
 def deal(
-    stream: PromptStream,
-    index: int,
-    config: OnlineConfig,
-    accelerator: Accelerator,
-    block: int = 1,
-    places: Sequence[int] | None = None,
+    prompts: list[dict[str, Any]], index: int, config: OnlineConfig, accelerator: Accelerator, block: int = 1
 ) -> Deal:
-    """The samples of round `index`: every update's share is spread evenly over the processes.
+    """The samples of round `index`, of its `prompts`: every update's share is spread evenly over the processes.
 
     Samples that share their noise, `block` of them, stay on one process and in one update where they divide so.
-    `places`: of the round's prompts in the stream; what it would draw now unless given.
     """
-    prompts = [stream.prompts[place] for place in (places or stream.places(index))]
     count = len(prompts) * config.num_generations
     block = 1 if count % (block * config.updates_per_round * accelerator.num_processes) else block
     generator = torch.Generator().manual_seed(seed_of(config.seed, "deal", index))
