@@ -61,6 +61,12 @@ def test_the_picture_has_a_panel_a_model_and_the_mean_of_the_seeds(tmp_path):
     assert (tmp_path / "benchmark.svg").read_text().count("<svg") == 1
 
 
+def test_runs_of_two_versions_of_a_recipe_are_not_averaged(tmp_path):
+    longer = made("shapes/mix_grpo", "mix_grpo", 1, (0, 0.2), (1000, 0.8))
+    with pytest.raises(UserError, match=r"^shapes/mix_grpo: its runs have 2 and 3 evaluations.*remove"):
+        write([*RUNS, longer], tmp_path)
+
+
 SMALL = ["model={flow}", "rounds=1", "prompts_per_round=2", "num_generations=2", "updates_per_round=1", "batch_size=4"]
 SMALL += ["rollout.steps=6", 'mixed_precision="no"', "lora.rank=2", "evaluation.steps=2", "report_to=[]"]
 SMALL += ["evaluation.images_per_prompt=1", "evaluation.prompts={prompts}"]

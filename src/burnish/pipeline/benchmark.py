@@ -148,6 +148,12 @@ def _by_recipe(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
     groups: dict[str, list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault(one.recipe, []).append(one)
+    for recipe, runs in groups.items():
+        if len(evaluations := sorted({len(one.curve) for one in runs})) > 1:
+            raise UserError(
+                f"{recipe}: its runs have {' and '.join(map(str, evaluations))} evaluations, so the recipe was changed "
+                "between them: remove the folders of the old ones"
+            )
     return list(groups.values())
 
 
