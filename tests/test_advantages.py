@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.advantages import PerPromptTracker, by_depth, group_relative, group_std, selected, win_rate
+from burnish.advantages import PerPromptTracker, by_depth, filled, group_relative, group_std, selected, win_rate
 
 REWARDS = torch.tensor([1.0, 3.0, 10.0, 2.0, 30.0, 20.0], dtype=torch.float64)
 GROUPS = torch.tensor([7, 7, -2, 7, -2, -2])  # any integers, in any order
@@ -204,3 +204,15 @@ def test_selection_drops_what_teaches_nothing_and_keeps_the_extremes():
     assert selected(advantages, peers, drop_zero=False, extremes=3).tolist() == [True, True, True, False, True, True]
     steps = torch.stack([advantages, 0 * advantages], dim=1)  # one a step: the sum of their sizes, and their mean
     assert selected(steps, peers, drop_zero=True, extremes=2).tolist() == [False, False, True, False, False, True]
+
+
+def test_missing_rewards_are_their_groups_mean_and_teach_nothing():
+    rewards = torch.tensor([1.0, math.nan, 3.0, 10.0, math.nan, math.nan])
+    groups = torch.tensor([0, 0, 0, 1, 2, 2])
+    told = filled(rewards, groups)
+    assert told.tolist() == pytest.approx([1, 2, 3, 10, 14 / 3, 14 / 3])  # the last group: the mean of 1, 3 and 10
+    advantages = group_relative(told, groups, std="group")
+    assert advantages[rewards.isnan()].abs().max() < 1e-6
+    whole = group_relative(rewards[[0, 2]], groups[[0, 2]], std="group", eps=1e-8)
+    torch.testing.assert_close(group_relative(told, groups, std="group", eps=1e-8)[[0, 2]], whole * (3 / 2) ** 0.5)
+    assert filled(REWARDS, GROUPS) is REWARDS

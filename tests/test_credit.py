@@ -8,12 +8,14 @@ import torch
 
 from burnish.advantages import PerPromptTracker, by_depth, group_relative, win_rate
 from burnish.credit import ByDepth, GroupRelative, PerPrompt, PreferenceRelative, Raw, Rule, Scored
+from burnish.errors import UserError
 from burnish.policies import Conditioning
 from burnish.processes import FlowSDE, RectifiedFlow
 from burnish.rollout import Rollout
 from burnish.value import ValueBaseline, ValueNet
 
 REWARDS, PEERS = torch.tensor([0.0, 1.0, 1.0, 4.0, 2.0, 2.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+PARTS = {"small": REWARDS / 10, "large": torch.tensor([100.0, 0.0, 50.0, 7.0, 7.0, 7.0])}
 PROMPTS = ["a", "a", "a", "b", "b", "b"]
 
 
@@ -36,7 +38,7 @@ def rollout(count: int = 6, steps: int = 3) -> Rollout:
 
 def scored(rewards: torch.Tensor = REWARDS, mine: slice = slice(None), nodes: torch.Tensor | None = None) -> Scored:
     nodes = torch.arange(18).view(6, 3) if nodes is None else nodes
-    return Scored(rewards, PEERS, PROMPTS, nodes, rollout(), lambda values: values[mine], lambda values: values)
+    return Scored(rewards, PARTS, PEERS, PROMPTS, nodes, rollout(), lambda values: values[mine], lambda values: values)
 
 
 def test_group_relative_knows_the_whole_round_and_answers_for_its_share():
@@ -51,6 +53,30 @@ def test_a_reward_for_each_step_is_compared_step_by_step():
     told = GroupRelative()(scored(paid))
     for column in range(3):
         assert torch.equal(told[:, column], group_relative(paid[:, column], PEERS))
+
+
+def test_parts_are_compared_each_on_its_own():
+    """A part that is ten times as large weighs no more; a part that a group agrees on says nothing there."""
+    rule = GroupRelative(std="group", eps=1e-8, by_part={"small": 1.0, "large": 2.0})
+    small, large = (group_relative(PARTS[name], PEERS, std="group", eps=1e-8) for name in PARTS)
+    torch.testing.assert_close(rule(scored()), small + 2 * large)
+    torch.testing.assert_close(rule(scored(mine=slice(2, 4))), (small + 2 * large)[2:4])
+    torch.testing.assert_close(rule(scored())[3:], group_relative(REWARDS, PEERS, std="group", eps=1e-8)[3:])
+    assert not rule.by_step
+    assert GroupRelative().by_step
+
+
+def test_whitened_parts_have_mean_zero_and_std_one_over_the_round():
+    told = GroupRelative(std="group", by_part={"small": 1.0, "large": 2.0}, whiten=True)(scored())
+    assert told.mean().abs() < 1e-6
+    assert told.std(correction=0) == pytest.approx(1, abs=1e-3)
+
+
+def test_parts_that_are_not_there_are_said():
+    with pytest.raises(UserError, match=r"by_part: the reward has no part smal; it has small, large"):
+        GroupRelative(by_part={"smal": 1.0})(scored())
+    with pytest.raises(ValueError, match="name the parts, or whiten=false"):
+        GroupRelative(whiten=True)
 
 
 def test_preferences_mix_the_win_rate_with_the_reward():

@@ -112,7 +112,7 @@ def test_sd35_recipes_are_as_published():
     assert grpo.objective == {"clip": 1e-4, "advantage_clip": 5, "kl_weight": 0.04}
     whole = {"shuffle_timesteps": False, "skip_last": 0}
     assert grpo.replay == whole | {"timestep_fraction": 0.99, "kl_form": "code", "detach_unconditional": True}
-    assert grpo.advantages == {"eps": 1e-4, "std": "global", "unbiased": False}
+    assert grpo.advantages == {"eps": 1e-4, "std": "global", "unbiased": False, "by_part": None, "whiten": False}
     assert grpo.updates_per_round == 2
     assert (nft.rollout.guidance, nft.rollout.sampler) == (1, "dpm2")
     assert nft.objective == {"beta": 1, "kl_weight": 1e-4, "advantage_clip": 5}

@@ -33,6 +33,23 @@ def group_relative(
     return centred / (variance.sqrt()[member] + eps)
 
 
+def filled(rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Rewards that are nan, because nobody could judge the sample, at the mean of their group's others.
+
+    So they neither pay nor cost, and no other's mean is changed; a group's std gets smaller by the root of the share
+    that is there. A group without any reward is all at the mean of the batch.
+    """
+    missing = rewards.isnan()
+    if not missing.any():
+        return rewards
+    told = rewards.clone()
+    for group in groups[missing].unique():
+        here = groups == group
+        mean = rewards[here].nanmean()
+        told[here & missing] = rewards.nanmean() if mean.isnan() else mean
+    return told
+
+
 def by_depth(
     rewards: Float[Tensor, " batch"],
     groups: Int[Tensor, " batch"],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from burnish.policies import LoraConfig
 from burnish.processes import FlowSDE, RectifiedFlow
+from burnish.rewards import Single
 from burnish.rollout import RolloutConfig
 from burnish.trainers.online import one_round
 from burnish.trainers.session import Session, open_session
@@ -255,7 +256,7 @@ def _record(session: Session) -> tuple[list[Call], tuple[Any, ...]]:
     """The calls of one round, in their order, and what the reward was asked."""
     policy, calls, asked = session.policy, [], []
     adapter = next(module for module in policy.module.modules() if isinstance(module, BaseTunerLayer))
-    decoder, reward = policy.pipeline.vae.decode, session.reward
+    decoder, judge = policy.pipeline.vae.decode, session.reward
 
     def note(run: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
         grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(policy.device.type)
@@ -267,15 +268,15 @@ def _record(session: Session) -> tuple[list[Call], tuple[Any, ...]]:
 
     def rewarded(*arguments: Any) -> Any:
         asked.append(arguments)
-        return reward(*arguments)
+        return judge.judge(*arguments)
 
     hook = policy.module.register_forward_pre_hook(lambda module, a, s: note(module, a, s), with_kwargs=True)
-    policy.pipeline.vae.decode, session.reward = decode, rewarded
+    policy.pipeline.vae.decode, session.reward = decode, Single(rewarded)
     try:
         one_round(session)
     finally:
         hook.remove()
-        policy.pipeline.vae.decode, session.reward = decoder, reward
+        policy.pipeline.vae.decode, session.reward = decoder, judge
     return calls, asked[0]
 
 
@@ -300,7 +301,7 @@ def _replay(session: Session, calls: list[Call], rewarded: tuple[Any, ...]) -> f
             optimizer.zero_grad()
             seconds += time.perf_counter() - start
     start = time.perf_counter()
-    session.reward(*rewarded)
+    session.reward.judge(*rewarded)
     return seconds + time.perf_counter() - start
 
 

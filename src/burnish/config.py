@@ -68,7 +68,7 @@ def find_recipe(recipe: str | Path) -> Path:
         return recipes_directory() / f"{name}.yaml"
     if path.is_dir():
         raise UserError(f"{recipe} is a directory: a recipe is a YAML file")
-    hint = _did_you_mean(name, names) or "; see `burnish recipes list`"
+    hint = did_you_mean(name, names) or "; see `burnish recipes list`"
     raise UserError(f"{recipe} is neither a file nor a shipped recipe{hint}")
 
 
@@ -175,13 +175,8 @@ def load_config(
     values, problems = read_recipe(path, overrides), []
     filled: dict[str, Values] = {}
     for name, function in sections.items():
-        settings = {name: values.pop(name, {})}
-        model = from_signature(function, name)
-        try:
-            section = model.model_validate_json(to_json(settings[name], inf_nan_mode="constants"))
-            filled[name] = {setting: getattr(section, setting) for setting in model.model_fields}
-        except ValidationError as error:
-            problems += _problems(error, settings, (name,))
+        filled[name], wrong = _section(function, name, values.pop(name, {}))
+        problems += wrong
     text = to_json(values | filled, inf_nan_mode="constants")
     config: Any = None
     try:
@@ -191,6 +186,28 @@ def load_config(
     if problems:
         raise UserError(_one_line(problems, _label(path), overrides, list(_known_paths(schema, sections))))
     return replace(config, **filled)  # once more, because JSON has made lists of a section's tuples
+
+
+def check_settings(function: Callable[..., Any], settings: Values, where: str) -> Values:
+    """A function's keyword-only arguments from plain values, every default filled in.
+
+    Raises UserError: one line that begins with `where`, with the first problem and how many more there are.
+    """
+    filled, problems = _section(function, where, settings)
+    if problems:
+        known = [f"{where}.{setting}" for setting in from_signature(function, where).model_fields]
+        raise UserError(_one_line(problems, where, (), known))
+    return filled
+
+
+def _section(function: Callable[..., Any] | None, name: str, settings: Any) -> tuple[Values, list["_Problem"]]:
+    """A function's settings with every default filled in, or what is wrong with them."""
+    model = from_signature(function, name)
+    try:
+        section = model.model_validate_json(to_json(settings, inf_nan_mode="constants"))
+    except ValidationError as error:
+        return {}, _problems(error, {name: settings}, (name,))
+    return {setting: getattr(section, setting) for setting in model.model_fields}, []
 
 
 def dump_config(config: Any) -> str:
@@ -215,7 +232,7 @@ def choose(known: Mapping[str, T], name: Any, setting: str) -> T:
         raise UserError(f"{setting} is missing: add `{setting}: ...`, one of {names}")
     if isinstance(name, str) and name in known:  # a recipe may say anything here
         return known[name]
-    raise UserError(f"{setting}={name} is not known{_did_you_mean(str(name), list(known))} (one of {names})")
+    raise UserError(f"{setting}={name} is not known{did_you_mean(str(name), list(known))} (one of {names})")
 
 
 # -------------------------------------------------------------------------------------------------------- messages
@@ -304,7 +321,8 @@ def _nearest_setting(path: str, known: list[str]) -> str:
     return f"; known there: {', '.join(siblings)}" if siblings else f"; {section} has no settings"
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """`; did you mean NAME?` with the nearest of the known names, or nothing."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

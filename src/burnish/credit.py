@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from burnish.advantages import PerPromptTracker, by_depth, group_relative, win_rate
+from burnish.errors import UserError
 from burnish.rollout import Rollout
 
 Advantages = Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
@@ -21,13 +22,15 @@ Advantages = Float[Tensor, " batch"] | Float[Tensor, "batch kept"]
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A round of all processes: rewards [n], or [n, kept] where steps are paid for; `peers` [n]: equal for those that
-    are compared; `prompts` of each; `nodes` [n, kept]: the streams of noise that each step took.
+    """A round of all processes: rewards [n], or [n, kept] where steps are paid for, and the parts they are made of;
+    `peers` [n]: equal for those that are compared; `prompts` of each; `nodes` [n, kept]: the streams of noise that each
+    step took.
 
     `rollout`, and what `mine` picks from a [n, ...], is this process' share; `everywhere` joins the shares.
     """
 
     rewards: Float[Tensor, " n"] | Float[Tensor, "n kept"]
+    parts: Mapping[str, Float[Tensor, " n"]]
     peers: Int[Tensor, " n"]
     prompts: list[str]
     nodes: Int[Tensor, "n kept"]
@@ -65,8 +68,8 @@ def _each_column(rule: Callable[[Tensor], Tensor], rewards: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupRelative(Stateless):
-    """`advantages.group_relative`, for each step where steps are paid for."""
+class Grouped(Stateless):
+    """What compares with `advantages.group_relative`, step by step where steps are paid for."""
 
     eps: Annotated[float, Gt(0)] = 1e-4
     std: Literal["group", "global"] = "global"
@@ -74,17 +77,46 @@ class GroupRelative(Stateless):
 
     by_step = True
 
-    def __call__(self, scored: Scored) -> Advantages:
-        return scored.mine(self._of(scored.rewards, scored.peers))
-
-    def _of(self, rewards: Tensor, peers: Tensor) -> Tensor:
+    def compared(self, rewards: Tensor, peers: Tensor) -> Tensor:
         return _each_column(
             lambda column: group_relative(column, peers, eps=self.eps, std=self.std, unbiased=self.unbiased), rewards
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceRelative(GroupRelative):
+class GroupRelative(Grouped):
+    """`advantages.group_relative` of the reward; or with `by_part`, {part: weight}, the weighted sum of that of each of
+    these parts of the reward, so that no scale has to fit another's (MixGRPO's code).
+
+    `whiten` brings that sum to mean 0 and std 1 over the round (GDPO, Liu et al. 2026,
+    https://arxiv.org/abs/2601.05242: the step after its normalisation by reward).
+    """
+
+    by_part: dict[str, float] | None = None
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        if self.whiten and not self.by_part:
+            raise ValueError("whiten is for the sum over by_part, and there is none: name the parts, or whiten=false")
+
+    @property
+    def by_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.by_part
+
+    def __call__(self, scored: Scored) -> Advantages:
+        if not self.by_part:
+            return scored.mine(self.compared(scored.rewards, scored.peers))
+        if strange := sorted(set(self.by_part) - set(scored.parts)):
+            raise UserError(
+                f"advantages.by_part: the reward has no part {strange[0]}; it has {', '.join(scored.parts) or 'none'}"
+            )
+        columns = [weight * self.compared(scored.parts[part], scored.peers) for part, weight in self.by_part.items()]
+        total = torch.stack(columns).sum(0)
+        return scored.mine((total - total.mean()) / (total.std(correction=0) + self.eps) if self.whiten else total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRelative(Grouped):
     """Pref-GRPO: `win_weight` times the advantages of `advantages.win_rate`, `reward_weight` times the reward's own.
 
     The reward judges the pairs, the higher wins.
@@ -96,9 +128,9 @@ class PreferenceRelative(GroupRelative):
 
     def __call__(self, scored: Scored) -> Advantages:
         won = _each_column(lambda column: win_rate(column, scored.peers), scored.rewards)
-        mixed = self.win_weight * self._of(won, scored.peers)
+        mixed = self.win_weight * self.compared(won, scored.peers)
         if self.reward_weight:
-            mixed = mixed + self.reward_weight * self._of(scored.rewards, scored.peers)
+            mixed = mixed + self.reward_weight * self.compared(scored.rewards, scored.peers)
         return scored.mine(mixed)
 
 

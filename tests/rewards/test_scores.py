@@ -16,6 +16,14 @@ def scored(answer: object) -> Scores:
     return score(brightness, IMAGES, PROMPTS, [{}] * 3)
 
 
+def test_missing_scores_are_nan_and_may_say_anything():
+    told = scored(Scores(torch.tensor([1.0, float("inf"), 3.0]), {"a": torch.tensor([1.0, float("nan"), 3.0])},
+                         torch.tensor([False, True, False])))  # fmt: skip
+    assert told.total[1].isnan()
+    assert told.total[[0, 2]].tolist() == [1, 3]
+    assert scored(Scores(torch.ones(3), {}, torch.zeros(3, dtype=torch.bool))).missing is None
+
+
 def one_line(raised: pytest.ExceptionInfo) -> str:
     message = str(raised.value)
     assert "\n" not in message
@@ -29,12 +37,11 @@ def test_numbers_become_scores(answer):
     assert scores.parts == {}
 
 
-def test_scores_are_detached_fp32_with_their_parts():
+def test_scores_are_fp32_and_keep_gradients_and_parts():
     total = torch.ones(3, dtype=torch.float64, requires_grad=True)
     scores = scored(Scores(total, {"strict": total * 2}))
     assert scores.total.dtype == scores.parts["strict"].dtype == torch.float32
-    assert not scores.total.requires_grad
-    assert not scores.parts["strict"].requires_grad
+    assert scores.total.requires_grad
     assert scores.parts["strict"].tolist() == [2, 2, 2]
 
 

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from burnish import algorithms as table
-from burnish.errors import UserError
+from burnish.errors import RewardError, UserError
+from burnish.rewards import Scores
 from burnish.trainers import online, samples
 
 ALGORITHMS = ("flow_grpo", "diffusion_nft")
@@ -37,6 +38,7 @@ EVERY_ROUND = {
         "learning_rate",
         "skipped_updates",
         "network_calls",
+        "missing_rewards",
         "trained_samples",
         "staleness",
     ),
@@ -180,6 +182,89 @@ def test_samples_that_teach_nothing_are_left_out(config, tmp_path):
     assert plain["network_calls"] > dropped["network_calls"] > best["network_calls"]
 
 
+RED_AND_BLUE = """
+import torch
+from burnish.rewards import Scores
+
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2))
+
+def blue(images, prompts, metadata):
+    return 100 * images[:, 2].mean((1, 2))
+
+calls = []
+
+def moody(images, prompts, metadata, *, fails: int = -1, blind: bool = False):
+    # Raises in call number `fails`; with `blind` sees only the first half of what it is shown.
+    calls.append(len(images))
+    if len(calls) == fails + 1:
+        raise ConnectionError("nobody answers")
+    unseen = torch.arange(len(images)) >= len(images) // 2
+    return Scores(images[:, 0].mean((1, 2)), {}, unseen if blind else None)
+"""
+
+
+def moody(tmp_path, **settings) -> dict:
+    (tmp_path / "mine.py").write_text(RED_AND_BLUE)
+    return {"parts": {"moody": {"source": f"{tmp_path / 'mine.py'}:moody", "settings": settings}}}
+
+
+def test_several_rewards_train_as_one(config, tmp_path):
+    (tmp_path / "mine.py").write_text(RED_AND_BLUE)
+    parts = {name: {"source": f"{tmp_path / 'mine.py'}:{name}"} for name in ("red", "blue")}
+    reward = {"parts": parts, "how": "min", "normalise": "zscore"}
+    told = rows(online.train(config("flow_grpo", reward=reward)))
+    for row in told[1:]:
+        assert row["reward"] < 0  # the worse of two z-scores
+        assert row["rewards/blue/mean"] > 10 * row["rewards/red/mean"]  # as they were before
+        assert row["missing_rewards"] == 0
+
+
+def test_each_reward_has_advantages_of_its_own(config, tmp_path):
+    (tmp_path / "mine.py").write_text(RED_AND_BLUE)
+    parts = {name: {"source": f"{tmp_path / 'mine.py'}:{name}"} for name in ("red", "blue")}
+    settings = {"reward": {"parts": parts}, "update": {"learning_rate": 0.05}}
+    updates = [
+        rows(online.train(config("flow_grpo", **settings, advantages=rule, output_dir=str(tmp_path / name))))[1]
+        for name, rule in {
+            "sum": {},
+            "blue": {"by_part": {"blue": 1.0}},
+            "both": {"by_part": {"red": 1.0, "blue": 1.0}, "whiten": True},
+        }.items()
+    ]
+    together, blue, both = (row["grad_norm"] for row in updates)
+    # The sum is all blue, which is a hundred times as large; on scales of their own red counts as much.
+    assert together == pytest.approx(blue, rel=0.05)
+    assert both != pytest.approx(blue, rel=0.05)
+
+
+def test_samples_that_nobody_judged_are_not_trained_on(config, tmp_path):
+    run = online.train(config("flow_grpo", reward=moody(tmp_path, blind=True), batch_size=4, updates_per_round=2))
+    for row in rows(run)[1:]:
+        assert row["missing_rewards"] == 8
+        assert row["trained_samples"] == 8
+        assert math.isfinite(row["reward"])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_reward_that_dies_costs_nothing_of_what_was_learnt(config, tmp_path, ahead):
+    """The run is saved where it was, and goes on to what it would have been."""
+    settings = {"rounds": 4, "checkpoint_every": 50, "asynchronous_rewards": ahead, "update": {"learning_rate": 0.05}}
+    whole = online.train(config("flow_grpo", reward=moody(tmp_path), **settings, output_dir=str(tmp_path / "whole")))
+    died = config("flow_grpo", reward=moody(tmp_path, fails=2), **settings)
+    with pytest.raises(RewardError, match="moody: raised ConnectionError: nobody answers"):
+        online.train(died)
+    run = Path(died.output_dir)
+    assert [row["step"] for row in rows(run)] == [0, 1, 2]
+    assert (run / "checkpoints" / "step-000002").is_dir()
+    (tmp_path / "mine.py").write_text(RED_AND_BLUE.replace("fails + 1", "0"))  # mended
+    online.resume(run)
+    adapters = [load_file(one / "adapter" / "pytorch_lora_weights.safetensors") for one in (whole, run)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    timeless = [[{k: v for k, v in row.items() if "seconds" not in k} for row in rows(one)] for one in (whole, run)]
+    assert timeless[0] == timeless[1]
+
+
 def test_a_kl_in_the_reward_is_paid_by_each_step(config):
     settings = {"objective": {"kl_weight": 0.0}, "update": {"learning_rate": 1e-2, "ema_decay": 0.0}}
     free, paid = (online.open_session(config("flow_grpo", **settings, kl_reward=weight)) for weight in (0.0, 5.0))
@@ -188,7 +273,8 @@ def test_a_kl_in_the_reward_is_paid_by_each_step(config):
     for weight, session in ((0.0, free), (5.0, paid)):
         session.round = 1
         drawn = samples.draw(session, samples.here(session, 1))
-        told = online.credit(session, drawn, torch.arange(16.0)).advantages
+        scores = Scores(torch.arange(16.0))
+        told = online.credit(session, drawn, scores, list(drawn.rollout.prompts)).advantages
         assert told.shape == ((16, 3) if weight else (16,))
         if weight:
             assert not torch.allclose(told[:, 0], told[:, 1])

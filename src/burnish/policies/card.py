@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from burnish.checkpoint import atomic_write
+from burnish.rewards import reward_title
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,7 +49,7 @@ def write_card(
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}, post-trained with {algorithm}",
         f"A LoRA for `{name}`, trained for {metrics['step']} rounds with [{algorithm}]({paper}) on the reward "
-        f"`{config['reward']}`.",
+        f"`{reward_title(config['reward'])}`.",
         f"![Samples, a row for each prompt]({picture.as_posix()})" if picture else "",
         _results(metrics, settings),
         "## Use",

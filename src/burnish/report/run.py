@@ -12,6 +12,7 @@ from burnish.errors import UserError
 from burnish.policies.card import write_card
 from burnish.report.curves import curve
 from burnish.report.page import data_uri, percent, render
+from burnish.rewards import reward_title
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -55,7 +56,8 @@ def write_report(run: Path) -> Path:
     page = render(
         "report.html.j2",
         title=f"{config['algorithm']} on {Path(config['model']).name}",
-        subtitle=f"{config['model']}, reward {config['reward']}, {rows[-1]['step']} of {config['rounds']} rounds",
+        subtitle=f"{config['model']}, reward {reward_title(config['reward'])}, "
+        f"{rows[-1]['step']} of {config['rounds']} rounds",
         figures=_figures(rows, evaluated),
         sentence=_sentence(rows, evaluated, config["rounds"]),
         warnings=find_warnings(rows),

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import UserError
-from burnish.rewards.scores import Scores, score
+from burnish.rewards.scores import Scores, name_of, score
 
 PATIENCE = 60  # seconds that one process waits for another which writes
 
@@ -29,30 +30,37 @@ class CachedReward:
 
     def __init__(self, reward: Callable[..., Any], path: str | Path) -> None:
         self.reward, self.path = reward, Path(path)
-        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
+        self.name = name_of(reward)
         self.version = str(getattr(reward, "version", None) or _source(reward))
         with self._file() as file:
             file.execute("CREATE TABLE IF NOT EXISTS judgements (key BLOB PRIMARY KEY, scores TEXT) WITHOUT ROWID")
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> Scores:
+        metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
         keys = [self._key(*one) for one in zip(images, prompts, metadata, strict=True)]
         with self._file() as file:
             query = "SELECT scores FROM judgements WHERE key = ?"
             found = {key: json.loads(row[0]) for key in keys if (row := file.execute(query, (key,)).fetchone())}
         # A picture that comes twice in a batch is asked for once.
-        missing = list({key: place for place, key in enumerate(keys) if key not in found}.values())
+        asked = list({key: place for place, key in enumerate(keys) if key not in found}.values())
         known = torch.tensor([float(key in found) for key in keys], device=images.device)
-        if missing:
-            fresh = score(self.reward, images[missing], [prompts[n] for n in missing], [metadata[n] for n in missing])
+        nobody: set[bytes] = set()  # could judge these
+        if asked:
+            fresh = score(self.reward, images[asked], [prompts[n] for n in asked], [metadata[n] for n in asked])
             numbers = torch.stack([fresh.total, *fresh.parts.values()], dim=1).tolist()
-            new = {keys[n]: [list(fresh.parts), row] for n, row in zip(missing, numbers, strict=True)}
+            new = {keys[n]: [list(fresh.parts), row] for n, row in zip(asked, numbers, strict=True)}
+            if fresh.missing is not None:
+                nobody = {keys[n] for n, none in zip(asked, fresh.missing.tolist(), strict=True) if none}
             with self._file() as file:
-                told = [(key, json.dumps(row)) for key, row in new.items()]
+                told = [(key, json.dumps(row)) for key, row in new.items() if key not in nobody]
                 file.executemany("INSERT OR REPLACE INTO judgements VALUES (?, ?)", told)
             found |= new
         names = found[keys[0]][0]
         total, *parts = torch.tensor([found[key][1] for key in keys], device=images.device).unbind(1)
-        return Scores(total, dict(zip(names, parts, strict=True)) | {"cached": known})
+        missing = torch.tensor([key in nobody for key in keys], device=images.device) if nobody else None
+        return Scores(total, dict(zip(names, parts, strict=True)) | {"cached": known}, missing)
 
     def _key(self, image: Tensor, prompt: str, metadata: Mapping[str, Any]) -> bytes:
         digest = hashlib.sha256(image.detach().float().cpu().contiguous().numpy().tobytes())
@@ -72,6 +80,8 @@ class CachedReward:
 
 def _source(reward: Callable[..., Any]) -> str:
     """The reward's name and the text of its module."""
+    if isinstance(reward, partial):
+        return f"{_source(reward.func)} {json.dumps(reward.keywords, sort_keys=True, default=str)}"
     kind: Any = reward if inspect.isroutine(reward) else type(reward)
     try:
         text = Path(inspect.getfile(kind)).read_bytes()

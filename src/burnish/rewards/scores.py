@@ -1,90 +1,81 @@
 """What a reward gives back, and how any callable is made to keep to it."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from burnish.errors import UserError
+from burnish.errors import RewardError, UserError, described
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """`total` [batch]: what is maximised. `parts`: {name: [batch]}, logged as `rewards/<name>/mean`."""
+    """`total` [batch]: what is maximised. `parts`: {name: [batch]}, logged as `rewards/<name>/mean`.
+
+    `missing` [batch]: pictures that nobody could judge, whose numbers mean nothing; None: there are none.
+    """
 
     total: Float[Tensor, " batch"]
     parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+    missing: Bool[Tensor, " batch"] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+        """The same scores with every tensor changed."""
+        missing = None if self.missing is None else change(self.missing)
+        return Scores(change(self.total), {name: change(part) for name, part in self.parts.items()}, missing)
 
 
 # (images [batch, 3, height, width] in [0, 1], prompts, metadata) -> Scores, or a plain [batch] tensor or list
-Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Scores]
+Reward = Callable[..., Any]
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
-    """Call a reward and check what it says: one finite number a picture, or UserError that names the reward."""
-    name = getattr(reward, "__name__", type(reward).__name__)
+def score(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+) -> Scores:
+    """Call a reward and check what it says: one finite number a picture, or RewardError that names it.
+
+    `total` is nan where it is `missing`. Gradients are kept.
+    """
+    name = name_of(reward)
+    metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
     try:
         scores = reward(images, prompts, metadata)
     except UserError:
         raise
     except Exception as error:  # a stranger's code, which may raise anything
-        raise UserError(f"reward {name}: raised {_described(error)}; --traceback shows where") from error
+        raise RewardError(f"reward {name}: raised {described(error)}; --traceback shows where") from error
     if not isinstance(scores, Scores):
         try:
             scores = Scores(torch.as_tensor(scores).float())
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
+            raise RewardError(
                 f"reward {name}: gave back a {type(scores).__name__}; expected Scores or {len(images)} numbers"
             ) from error
-    for part, values in {"total": scores.total, **scores.parts}.items():
+    scores = scores.each(lambda values: values if values.dtype == torch.bool else values.float())
+    told = {"total": scores.total, **scores.parts} | ({} if scores.missing is None else {"missing": scores.missing})
+    for part, values in told.items():
         if tuple(values.shape) != (len(images),):
-            raise UserError(
+            raise RewardError(
                 f"reward {name}: {part} has shape {list(values.shape)}; expected [{len(images)}], a number a picture"
             )
-        if not values.isfinite().all():
-            worst = int((~values.isfinite()).nonzero()[0])
-            raise UserError(
+        wrong = ~values.isfinite() if scores.missing is None else ~values.isfinite() & ~scores.missing
+        if wrong.any():
+            worst = int(wrong.nonzero()[0])
+            raise RewardError(
                 f"reward {name}: {part} is {values[worst].item()} for prompt {prompts[worst]!r}; "
                 "a reward must be finite for every picture"
             )
-    return Scores(
-        scores.total.detach().float(), {part: values.detach().float() for part, values in scores.parts.items()}
-    )
+    if scores.missing is None or not scores.missing.any():
+        return Scores(scores.total, scores.parts)
+    return Scores(scores.total.masked_fill(scores.missing, torch.nan), scores.parts, scores.missing)
 
 
-def load_callable(source: str, what: str = "reward") -> Callable[..., Any]:
-    """The callable that `some.module:name` or `path/to/file.py:name` names; UserError when there is none."""
-    place, _, name = source.rpartition(":")
-    if not place:
-        raise UserError(f"{what} {source!r}: write module:function or path/to/file.py:function")
-    if place.endswith(".py"):
-        path = Path(place)
-        specification = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.is_file() or specification is None or specification.loader is None:
-            raise UserError(f"{what} {source}: no such file {place}; the path is relative to where you start burnish")
-        module = importlib.util.module_from_spec(specification)
-        try:
-            specification.loader.exec_module(module)
-        except Exception as error:  # a stranger's code, as above
-            raise UserError(f"{what} {source}: {place} cannot be imported ({_described(error)})") from error
-    else:
-        try:
-            module = importlib.import_module(place)
-        except Exception as error:  # a stranger's code, as above
-            raise UserError(f"{what} {source}: module {place} cannot be imported ({_described(error)})") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        public = ", ".join(sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_")[:6])
-        raise UserError(f"{what} {source}: {place} has no function {name}; it has {public or 'none'}")
-    return found
-
-
-def _described(error: Exception) -> str:
-    """Type and message on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+def name_of(reward: Reward) -> str:
+    """What a reward is called in messages."""
+    if isinstance(reward, partial):
+        return name_of(reward.func)
+    return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)

@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from burnish.advantages import group_std, selected
+from burnish.advantages import filled, group_std, selected
 from burnish.algorithms import ALGORITHMS
 from burnish.config import override
 from burnish.credit import Scored
-from burnish.errors import UserError
+from burnish.errors import RewardError, UserError
 from burnish.evaluation import group_distance, thumbnails
 from burnish.replay import Experience, penalty
 from burnish.report import describe
+from burnish.rewards import Scores
 from burnish.trainers.look import look
 from burnish.trainers.progress import Progress
 from burnish.trainers.run import stoppable
-from burnish.trainers.samples import Samples, next_samples
+from burnish.trainers.samples import Samples, judged, next_samples
 from burnish.trainers.session import Origin, Session, open_session
 from burnish.trainers.settings import EvaluationConfig, OnlineConfig, load
 from burnish.trainers.update import UpdateConfig
@@ -52,7 +53,15 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
         if session.round == 0:
             progress.log(0, look(session))
         while session.round < config.rounds:
-            metrics = one_round(session)
+            try:
+                metrics = one_round(session)
+            except RewardError:
+                if session.round:  # what was learnt is not lost with the reward
+                    run.save(session.round, session.state(), config.checkpoint_keep)
+                    progress.say(
+                        f"saved round {session.round}; mend it, and go on with `burnish resume {run.directory}`"
+                    )
+                raise
             session.round += 1
             progress.log(session.round, metrics | look(session))
             last = session.round == config.rounds
@@ -79,11 +88,13 @@ def one_round(session: Session) -> dict[str, float]:
     samples = next_samples(session)
     called = policy.calls - samples.calls
     clock.append(time.perf_counter())
-    scores = samples.scores()
-    rewards, groups = session.everywhere(scores.total), session.everywhere(samples.batch.groups)
+    scores, groups = judged(session, samples), session.everywhere(samples.batch.groups)
+    prompts = [samples.batch.round[group]["prompt"] for group in groups.tolist()]
+    settled = session.reward.settle(scores, prompts)  # nan where nobody could judge
+    there, rewards = settled[~settled.isnan()], filled(settled, groups)
     spread = group_std(rewards, groups)
     session.stream.saw(samples.origin.places, spread.tolist())
-    experience = credit(session, samples, scores.total)
+    experience = credit(session, samples, replace(scores, total=settled), prompts)
     clock.append(time.perf_counter())
     staleness = session.update.steps - samples.origin.steps
     metrics = learn(session, experience, samples.origin)
@@ -92,15 +103,15 @@ def one_round(session: Session) -> dict[str, float]:
         session.behaviour[name].lerp_(parameter.detach(), 1 - decay)
     policy.autocast = nullcontext  # pictures to look at, and evaluation, are in full precision
     clock.append(time.perf_counter())
-    parts = {name: session.everywhere(part) for name, part in scores.parts.items()}
 
     def apart(pictures: Tensor) -> float:
         return group_distance(session.everywhere(thumbnails(pictures)).cpu(), groups.cpu()).item()
 
     return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        **{f"rewards/{name}/mean": part.mean().item() for name, part in parts.items()},
+        "reward": there.mean().item(),
+        "reward_std": there.std(correction=0).item(),
+        **{f"rewards/{name}/mean": part[~settled.isnan()].mean().item() for name, part in scores.parts.items()},
+        "missing_rewards": float(len(settled) - len(there)),
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "trained_samples": float(len(experience) * accelerator.num_processes),
         "network_calls": session.everywhere(torch.tensor([policy.calls - called])).sum().item(),
@@ -112,15 +123,18 @@ def one_round(session: Session) -> dict[str, float]:
     }
 
 
-def credit(session: Session, samples: Samples, rewards: Tensor) -> Experience:
-    """Advantages of this process' samples, and only the samples that are worth training on."""
-    config, batch, plan, rollout = session.config, samples.batch, samples.plan, samples.rollout
+def credit(session: Session, samples: Samples, scores: Scores, prompts: list[str]) -> Experience:
+    """Advantages of this process' samples, and only the samples that are worth training on; `scores` are of all, and
+    nan where there is none."""
+    config, plan, rollout, missing = session.config, samples.plan, samples.rollout, scores.total.isnan()
+    peers = session.everywhere(session.collector.peers(samples.batch))
+    rewards = session.mine(filled(scores.total, peers))
     paid = rewards[:, None] - config.kl_reward * penalty(session.replay, rollout) if config.kl_reward else rewards
-    peers = session.everywhere(session.collector.peers(batch))
     scored = Scored(
         rewards=session.everywhere(paid),
+        parts={name: filled(part.masked_fill(missing, torch.nan), peers) for name, part in scores.parts.items()},
         peers=peers,
-        prompts=[batch.round[group]["prompt"] for group in session.everywhere(batch.groups).tolist()],
+        prompts=prompts,
         nodes=session.everywhere(plan.streams[:, 1:]),
         rollout=rollout,
         mine=session.mine,
@@ -128,15 +142,15 @@ def credit(session: Session, samples: Samples, rewards: Tensor) -> Experience:
     )
     advantages = session.rule(scored)
     experience = Experience(rollout, rewards, advantages)
-    if not config.drop_zero_advantages and config.extremes is None:
+    if not config.drop_zero_advantages and config.extremes is None and not missing.any():
         return experience
     chosen = selected(
         session.everywhere(advantages), peers, drop_zero=config.drop_zero_advantages, extremes=config.extremes
     )
-    return experience.pick(filled(session, scored.mine(chosen).cpu()))
+    return experience.pick(whole(session, session.mine(chosen & ~missing).cpu()))
 
 
-def filled(session: Session, chosen: Tensor) -> Tensor:
+def whole(session: Session, chosen: Tensor) -> Tensor:
     """The rows of the chosen samples and of as many others as make them divide into updates and calls, everywhere
     alike; others come in the order of the deal, which is random, and all stay in that order."""
     unit = session.config.updates_per_round * session.config.batch_size

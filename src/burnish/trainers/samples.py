@@ -5,7 +5,7 @@ weights that have not learnt from this one yet: they are a round stale.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from burnish.collectors import Deal, seed_of
-from burnish.rewards import Scores, score
+from burnish.errors import RewardError, UserError
+from burnish.rewards import Scores
 from burnish.rollout import Plan, Rollout, sample
 from burnish.trainers.session import Origin, Session
 from burnish.trainers.settings import OnlineConfig
@@ -22,7 +23,7 @@ from burnish.trainers.settings import OnlineConfig
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """`images` [batch, 3, height, width] in [0, 1]; `scores()` waits for the rewards of this process' share.
+    """`images` [batch, 3, height, width] in [0, 1]; `scores()` waits for those of this process' share.
 
     `calls`: of the network, for them.
     """
@@ -62,10 +63,30 @@ def draw(session: Session, origin: Origin) -> Samples:
     rollout, plan = collect(session, batch, origin.behaviour)
     with torch.no_grad():
         images = session.policy.decode(rollout.latents)
-    scores = partial(score, session.reward, images, rollout.prompts, batch.prompts)
+    scores = partial(session.reward.judge, images, rollout.prompts, batch.prompts)
     if session.config.asynchronous_rewards:
         scores = session.worker.submit(scores).result
     return Samples(origin, batch, plan, rollout, images, scores, session.policy.calls - called)
+
+
+def judged(session: Session, samples: Samples) -> Scores:
+    """The scores of all processes, `missing` always said; RewardError in all of them if one has none.
+
+    The same samples are then those of the round again: a run that goes on later asks for their scores once more.
+    """
+    problem = None
+    try:
+        scores = samples.scores()
+    except UserError as error:
+        problem = error
+    if session.everywhere(torch.tensor([problem is not None])).any():
+        session.origin = samples.origin
+        raise problem or RewardError("another process could not get its rewards: its own line says why")
+    missing = torch.zeros_like(scores.total, dtype=torch.bool) if scores.missing is None else scores.missing
+    everywhere = replace(scores, missing=missing).each(session.everywhere)
+    if everywhere.missing is not None and everywhere.missing.all():
+        raise RewardError(f"reward {session.reward.name}: no picture of the round could be judged; see the log for why")
+    return everywhere
 
 
 def deal(

@@ -24,7 +24,7 @@ from burnish.errors import UserError
 from burnish.evaluation import check_judgeable
 from burnish.policies import Policy, load_policy
 from burnish.replay import Replay
-from burnish.rewards import CachedReward, load_callable
+from burnish.rewards import Judge, load_callable, load_judge
 from burnish.trainers.run import Run
 from burnish.trainers.settings import OnlineConfig
 from burnish.trainers.update import Update
@@ -54,7 +54,7 @@ class Session:
     policy: Policy
     sampler: Any
     solver: Any
-    reward: Callable[..., Any]
+    reward: Judge
     collector: Collector
     rule: Rule
     replay: Replay
@@ -85,6 +85,7 @@ class Session:
             "update": self.update.state_dict(),
             "behaviour": self.behaviour,
             "prompts": self.stream.state_dict(),
+            "reward": self.reward.state_dict(),
             "rule": self.rule.state_dict(),
             "replay": {name: self.everywhere(tensor) for name, tensor in self.replay.state_dict().items()},
             "ahead": self.origin and vars(self.origin),
@@ -96,6 +97,7 @@ class Session:
         self.update.load_state_dict(state["update"])
         self.behaviour = {name: tensor.to(self.accelerator.device) for name, tensor in state["behaviour"].items()}
         self.stream.load_state_dict(state["prompts"])
+        self.reward.load_state_dict(state["reward"])
         self.rule.load_state_dict(state["rule"])
         self.replay.load_state_dict({name: self.mine(tensor) for name, tensor in state["replay"].items()})
         self.origin = Origin(**state["ahead"]) if state["ahead"] else None
@@ -108,9 +110,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     accelerator = make_accelerator(config)
     check_sizes(config, accelerator.num_processes)
     prompts, held_out = load_prompts(config.prompts), []
-    reward, detector = load_callable(config.reward), None
-    if config.reward_cache:
-        reward = CachedReward(reward, config.reward_cache)
+    reward, detector = load_judge(config.reward, config.reward_cache), None
     if config.evaluation.prompts:
         if not config.evaluation.detector:
             raise UserError("evaluation.prompts is set, but evaluation.detector is not: name one, as module:function")

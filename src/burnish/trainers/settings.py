@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from burnish.algorithms import ALGORITHMS
 from burnish.config import choose, load_config, read_recipe
 from burnish.policies import LoraConfig
+from burnish.rewards import RewardConfig
 from burnish.rollout import RolloutConfig
 from burnish.trainers.update import UpdateConfig
 
@@ -37,7 +38,7 @@ class OnlineConfig:
     algorithm: str
     model: str  # hub id, folder, or package:module/folder
     prompts: str  # .txt or .jsonl
-    reward: str  # module:function or file.py:function
+    reward: str | RewardConfig  # a name of `burnish reward list`, module:function, file.py:function; or several
     rounds: Annotated[int, Gt(0)]
     output_dir: str
     seed: int = 0

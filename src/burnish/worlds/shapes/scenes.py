@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.evaluation.geneval import relations
+from burnish.evaluation import relations
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
