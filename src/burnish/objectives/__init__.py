@@ -1,12 +1,15 @@
 """One file a paper: pure functions from tensors to `(loss, metrics)`. Every loss is to be minimised."""
 
 from burnish.objectives.awm import awm
+from burnish.objectives.binary_feedback import binary_feedback
+from burnish.objectives.bradley_terry import bradley_terry
 from burnish.objectives.clipped_surrogate import clipped_surrogate
 from burnish.objectives.diffusion_nft import diffusion_nft
 from burnish.objectives.dpok import dpok
 from burnish.objectives.flow_dppo import flow_dppo
 from burnish.objectives.flow_grpo import flow_grpo
 from burnish.objectives.grpo_guard import grpo_guard
+from burnish.objectives.rating_regression import rating_regression
 from burnish.objectives.reference_kl import reference_kl
 from burnish.objectives.rwr import rwr
 from burnish.objectives.score_function import score_function
@@ -15,12 +18,15 @@ from burnish.objectives.tempflow_grpo import tempflow_grpo
 
 __all__ = [
     "awm",
+    "binary_feedback",
+    "bradley_terry",
     "clipped_surrogate",
     "diffusion_nft",
     "dpok",
     "flow_dppo",
     "flow_grpo",
     "grpo_guard",
+    "rating_regression",
     "reference_kl",
     "rwr",
     "score_function",
