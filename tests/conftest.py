@@ -42,6 +42,28 @@ def tiny_flow(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """The folder of a genuine, untrained CLIP of pictures of 16 pixels, with the shapes world's tokenizer."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    from burnish.worlds.shapes import pipelines
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "clip", pipelines.build_tokenizer()
+    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = pipelines.text_config(tokenizer, 32).to_dict() | common
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(
+            text_config=text, vision_config=common | {"image_size": 16, "patch_size": 8}, projection_dim=16
+        )
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"crop_size": {"height": 16, "width": 16}, "size": {"shortest_edge": 16}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_recipe(tiny_flow, tmp_path_factory) -> str:
     """A recipe of a second's training on `tiny_flow`: pictures are rewarded for being red. Add `output_dir: ...`."""
     folder = tmp_path_factory.mktemp("recipe")

@@ -1,5 +1,6 @@
-"""Prompt sets, validated as they are read."""
+"""Prompt sets and feedback, validated as they are read."""
 
+from burnish.data.feedback import Feedback, joined, load_feedback, save_feedback
 from burnish.data.prompts import PromptStream, load_prompts, resolve
 
-__all__ = ["PromptStream", "load_prompts", "resolve"]
+__all__ = ["Feedback", "PromptStream", "joined", "load_feedback", "load_prompts", "resolve", "save_feedback"]

@@ -1,7 +1,5 @@
 """`report.html`: a run told from its directory alone, whether it is finished, stopped or still going on."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,9 @@ from burnish.config import read_recipe
 from burnish.data import load_prompts
 from burnish.errors import UserError
 from burnish.policies.card import write_card
-from burnish.report.curves import curve
 from burnish.report.page import data_uri, percent, render
+from burnish.report.parts import Row, Rows, environment, plot, series
 from burnish.rewards import reward_title
-
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
 
 # title -> the metrics in it, by the name they get in the legend; a plot without data is left out
 PLOTS: dict[str, dict[str, str]] = {
@@ -69,7 +64,7 @@ def write_report(run: Path) -> Path:
         plots=_plots(rows, evaluated),
         timing=_timing(rows),
         config=config_file.read_text("utf-8"),
-        environment=_environment(run / "environment.json"),
+        environment=environment(run / "environment.json"),
     )
     path = run / "report.html"
     atomic_write(path, page)
@@ -103,32 +98,27 @@ def find_warnings(rows: Rows) -> list[str]:
     """What a reader should be told before the good news: plain sentences with their numbers."""
     found = []
     for name, what in (("diversity/pixels", "pictures"), ("diversity/latents", "latents")):
-        values = _series(rows, name)
+        values = series(rows, name)
         if len(values) > 1 and values[-1][1] < (1 - DIVERSITY_LOSS) * values[0][1]:
             lost = 1 - values[-1][1] / values[0][1]
             found.append(
                 f"The {what} of one prompt have become more alike: their distance fell by {percent(lost)}, from "
                 f"{values[0][1]:.3g} in the first round to {values[-1][1]:.3g} in the last."
             )
-    kl = _series(rows, "kl")
+    kl = series(rows, "kl")
     if len(kl) >= 4 and (half := kl[len(kl) // 2][1]) > 0 and kl[-1][1] > KL_GROWTH * half:
         middle = f"{half:.3g} in round {kl[len(kl) // 2][0]:g}"
         found.append(f"The KL to the base is still growing: {middle}, {kl[-1][1]:.3g} at the end.")
-    skipped = _series(rows, "skipped_updates")
+    skipped = series(rows, "skipped_updates")
     if skipped and skipped[-1][1] > 0:
         found.append(f"{skipped[-1][1]:g} updates were skipped, because their gradient was not finite.")
-    reward, accuracy = _series(rows, "reward"), _series(rows, "eval/accuracy")
+    reward, accuracy = series(rows, "reward"), series(rows, "eval/accuracy")
     if len(accuracy) > 1 and reward and reward[-1][1] > reward[0][1] and accuracy[-1][1] < accuracy[0][1]:
         found.append(
             f"The reward rose from {reward[0][1]:.3g} to {reward[-1][1]:.3g}, but held-out accuracy fell from "
             f"{percent(accuracy[0][1])} to {percent(accuracy[-1][1])}: the reward may be paying for something else."
         )
     return found
-
-
-def _series(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """(round, value) wherever there is one; a value that was not finite is stored as null, and left out."""
-    return [(float(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
 
 
 def _figures(rows: Rows, evaluated: Rows) -> list[dict[str, str]]:
@@ -141,7 +131,7 @@ def _figures(rows: Rows, evaluated: Rows) -> list[dict[str, str]]:
         for row in evaluated[:: max(1, len(evaluated) - 1)]:
             label = "Base model" if row["step"] == 0 else f"After round {row['step']}"
             figures.append({"label": label, "value": percent(row["eval/accuracy"]), "note": f"95%: {_interval(row)}"})
-    reward = _series(rows, "reward")
+    reward = series(rows, "reward")
     if reward:
         note = f"in round {reward[-1][0]:g}; {reward[0][1]:.3g} in round {reward[0][0]:g}"
         figures.append({"label": "Reward", "value": f"{reward[-1][1]:.3g}", "note": note})
@@ -157,7 +147,7 @@ def _sentence(rows: Rows, evaluated: Rows, rounds: int) -> str:
     state = "" if step == rounds else f" The run has done {step} of its {rounds} rounds."
     after = f"After {step} round{'s' * (step != 1)} ({_duration(seconds)} of training)"
     if not evaluated:
-        reward = _series(rows, "reward")
+        reward = series(rows, "reward")
         if not reward:
             return f"Nothing has been trained yet.{state}"
         return f"{after}, the reward went from {reward[0][1]:.3g} to {reward[-1][1]:.3g}; nothing was evaluated.{state}"
@@ -209,13 +199,13 @@ def _plots(rows: Rows, evaluated: Rows) -> list[dict[str, Any]]:
         band = [
             (float(row["step"]), float(row["eval/accuracy_low"]), float(row["eval/accuracy_high"])) for row in evaluated
         ]
-        accuracy = {"mean of the kinds": _series(evaluated, "eval/accuracy")}
-        plots.append(_plot("Held-out accuracy, with its 95% band", accuracy, band=band, percent_axis=True))
+        accuracy = {"mean of the kinds": series(evaluated, "eval/accuracy")}
+        plots.append(plot("Held-out accuracy, with its 95% band", accuracy, band=band, percent_axis=True))
     parts = {name: f"rewards/{name}/mean" for name in _parts(rows)}
     for title, names in {"Reward": PLOTS["Reward"], "Parts of the reward": parts, **PLOTS}.items():
-        lines = {name: points for name, metric in names.items() if (points := _series(rows, metric))}
+        lines = {name: points for name, metric in names.items() if (points := series(rows, metric))}
         if lines:
-            plots.append(_plot(title, lines, percent_axis=bool(FRACTIONS & set(names.values()))))
+            plots.append(plot(title, lines, percent_axis=bool(FRACTIONS & set(names.values()))))
     return plots
 
 
@@ -226,19 +216,8 @@ def _parts(rows: Rows) -> list[str]:
     return [name.removeprefix("rewards/").removesuffix("/mean") for name in names]
 
 
-def _plot(
-    title: str,
-    lines: Mapping[str, list[tuple[float, float]]],
-    *,
-    band: Sequence[tuple[float, float, float]] = (),
-    percent_axis: bool = False,
-) -> dict[str, Any]:
-    key = [(name, percent(p[-1][1]) if percent_axis else f"{p[-1][1]:.3g}") for name, p in lines.items()]
-    return {"title": title, "key": key, "svg": curve(lines, band=band, percent=percent_axis)}
-
-
 def _timing(rows: Rows) -> list[dict[str, str]]:
-    totals = {stage: [value for _, value in _series(rows, f"seconds/{stage}")] for stage in STAGES}
+    totals = {stage: [value for _, value in series(rows, f"seconds/{stage}")] for stage in STAGES}
     spent = sum(map(sum, totals.values()))
     if not spent:
         return []
@@ -255,14 +234,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
-
-
-def _environment(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        return []
-    told = json.loads(path.read_text("utf-8"))
-    packages = [(name, str(version)) for name, version in told.pop("packages", {}).items()]
-    rest = [
-        (name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in told.items() if value
-    ]
-    return [*rest, *packages]

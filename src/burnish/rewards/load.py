@@ -84,10 +84,12 @@ def load_reward(source: str, settings: Mapping[str, Any] | None = None, **placin
         made: Any = load_callable(source)
         made = partial(made, **check_settings(made, settings, source)) if settings else made
     elif entry := REWARDS.get(source):
-        if entry.missing:
-            how = f"pip install 'burnish[{entry.extra}]'" if entry.extra else f"pip install {' '.join(entry.missing)}"
-            raise UserError(f"reward {source} needs {' and '.join(entry.missing)}: {how}")
-        made = entry.make(**check_settings(entry.make, settings, source))
+        settings = check_settings(entry.make, settings, source)
+        try:
+            made = entry.make(**settings)
+        except ModuleNotFoundError as error:
+            how = f"'burnish[{entry.extra}]'" if entry.extra else error.name
+            raise UserError(f"reward {source} needs {error.name}: pip install {how}") from error
     else:
         raise UserError(
             f"reward {source!r} is no shipped reward{did_you_mean(source, list(REWARDS))}: see `burnish reward list`, "

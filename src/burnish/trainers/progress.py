@@ -19,17 +19,19 @@ from rich.progress import (
 
 from burnish.trainers.run import Run
 
-SHOWN = {"reward": "reward", "accuracy": "eval/accuracy", "kl": "kl"}  # beside the bar, where there is a value
+# Beside the bar, where there is a value.
+SHOWN = {"reward": "reward", "loss": "loss", "accuracy": "eval/accuracy", "kl": "kl"}
 
 
 class Progress:
-    """Logs a row a round to every place; only the main process speaks. Use it as a context manager."""
+    """Logs a row a round, or whatever the `unit` is, to every place; only the main process speaks. Use it as a context
+    manager."""
 
-    def __init__(self, rounds: int, run: Run, accelerator: Accelerator, first: int) -> None:
-        self.run, self.accelerator = run, accelerator
+    def __init__(self, rounds: int, run: Run, accelerator: Accelerator, first: int, unit: str = "round") -> None:
+        self.run, self.accelerator, self.unit = run, accelerator, unit
         self.console = Console(quiet=not accelerator.is_main_process)
         self.bar = Bar(
-            TextColumn("[bold]round"),
+            TextColumn(f"[bold]{unit}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
@@ -59,7 +61,7 @@ class Progress:
         values = "  ".join(f"{s} {self.latest[n]:.3f}" for s, n in SHOWN.items() if n in self.latest)
         self.bar.update(self.task, completed=step, values=values)
         if not self.console.is_terminal:  # a log file: a line a round
-            self.say(f"round {step}/{int(self.bar.tasks[0].total or 0)}  {values}")
+            self.say(f"{self.unit} {step}/{int(self.bar.tasks[0].total or 0)}  {values}")
 
     def say(self, text: Any) -> None:
         self.console.print(text, highlight=False)

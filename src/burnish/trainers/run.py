@@ -21,13 +21,16 @@ PACKAGES = ("burnish", "torch", "diffusers", "transformers", "peft", "accelerate
 
 
 class Run:
-    """`runs/NAME`: config, environment, metrics, samples, checkpoints, adapter. Only the main process writes."""
+    """`runs/NAME`: config, environment, metrics, samples, checkpoints, and the `product`, a folder.
 
-    def __init__(self, directory: str | Path, *, writes: bool = True) -> None:
+    Only the main process writes.
+    """
+
+    def __init__(self, directory: str | Path, *, product: str = "adapter", writes: bool = True) -> None:
         self.directory, self.writes = Path(directory), writes
         self.metrics = self.directory / "metrics.jsonl"
         self.checkpoints = self.directory / "checkpoints"
-        self.adapter = self.directory / "adapter"
+        self.product = self.directory / product
 
     def create(self, config: str, seed: int) -> None:
         """Make the directory for a new run; UserError if it holds one already or cannot be written.
@@ -68,14 +71,14 @@ class Run:
         return newest[1] if newest else None
 
     def clear_aside(self) -> Path:
-        """An empty folder beside the adapter, to be written and then put in its place by `publish`."""
-        aside = self.directory / ".adapter"
+        """An empty folder beside the product, to be written and then put in its place by `publish`."""
+        aside = self.directory / f".{self.product.name}"
         shutil.rmtree(aside, ignore_errors=True)
         return aside
 
     def publish(self, aside: Path) -> None:
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        os.replace(aside, self.adapter)
+        shutil.rmtree(self.product, ignore_errors=True)
+        os.replace(aside, self.product)
 
 
 def environment(seed: int) -> dict[str, Any]:

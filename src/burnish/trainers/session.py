@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -154,7 +154,19 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     return session
 
 
-def make_accelerator(config: OnlineConfig) -> Accelerator:
+@runtime_checkable  # for beartype, under test
+class Launch(Protocol):
+    """What a config says of the machine."""
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]: ...
+    @property
+    def output_dir(self) -> str: ...
+    @property
+    def report_to(self) -> list[str]: ...
+
+
+def make_accelerator(config: Launch) -> Accelerator:
     """accelerate's view of the machine, with the trackers that `report_to` names; UserError if one is missing."""
     known = {str(tracker) for tracker in LOGGER_TYPE_TO_CLASS}
     for name in config.report_to:
