@@ -109,6 +109,11 @@ def override(key: str, value: str | Path) -> str:
     return f"{key}={json.dumps(_escape_interpolation(str(value)), ensure_ascii=False)}"
 
 
+def read_settings(given: Sequence[str]) -> Values:
+    """`key=value` words as settings, by the rules of overrides."""
+    return from_json(to_json(OmegaConf.to_container(_parse_overrides(given)), inf_nan_mode="constants"))
+
+
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         key, equals, _ = item.partition("=")
@@ -138,6 +143,16 @@ def from_signature(function: Callable[..., Any] | None, name: str) -> type[BaseM
         if _is_setting(annotation)
     }
     return create_model(name, __config__=ConfigDict(extra="forbid", strict=True, protected_namespaces=()), **settings)
+
+
+def settings_of(function: Callable[..., Any]) -> list[str]:
+    """Its settings, as `name=default` or, where one has to be given, as the name."""
+    required = inspect.Parameter.empty
+    return [
+        name if default is required else f"{name}={default}"
+        for name, annotation, default in _keyword_only(function)
+        if _is_setting(annotation)
+    ]
 
 
 def _keyword_only(function: Callable[..., Any] | None) -> Iterator[tuple[str, Any, Any]]:
@@ -194,6 +209,8 @@ def check_settings(function: Callable[..., Any], settings: Values, where: str) -
     Raises UserError: one line that begins with `where`, with the first problem and how many more there are.
     """
     filled, problems = _section(function, where, settings)
+    if missing := [problem for problem in problems if problem.kind == "missing"]:
+        raise UserError(f"{where}: its setting {missing[0].path[-1]} is missing: give it in `settings`")
     if problems:
         known = [f"{where}.{setting}" for setting in from_signature(function, where).model_fields]
         raise UserError(_one_line(problems, where, (), known))

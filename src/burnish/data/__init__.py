@@ -1,6 +1,7 @@
 """Prompt sets and feedback, validated as they are read."""
 
 from burnish.data.feedback import Feedback, joined, load_feedback, save_feedback
+from burnish.data.images import decode
 from burnish.data.prompts import PromptStream, load_prompts, resolve
 
-__all__ = ["Feedback", "PromptStream", "joined", "load_feedback", "load_prompts", "resolve", "save_feedback"]
+__all__ = ["Feedback", "PromptStream", "decode", "joined", "load_feedback", "load_prompts", "resolve", "save_feedback"]

@@ -10,21 +10,19 @@ A picture is the bytes of a file, `{"bytes", "path"}` as `datasets` writes it, o
 """
 
 import difflib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
 from pyarrow.lib import ArrowException
 from torch import Tensor
 
+from burnish.data.images import decode
 from burnish.data.prompts import resolve
 from burnish.errors import UserError
 
@@ -46,15 +44,11 @@ class Feedback:
         return len(self.prompts)
 
     def picture(self, row: int, which: int) -> Float[Tensor, "3 height width"]:
-        """In [0, 1], turned as its EXIF says; UserError, with the row, for one that cannot be read."""
-        stored = self.pictures[row][which]
+        """As `decode` gives it; UserError, with the row, for one that cannot be read."""
         try:
-            with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
-            name = f"{len(stored)} bytes" if isinstance(stored, bytes) else str(stored)
-            raise UserError(f"{self.places[row]}: {name} cannot be read as a picture: drop the row") from error
-        return torch.from_numpy(np.asarray(upright).copy()).permute(2, 0, 1).float() / 255
+            return decode(self.pictures[row][which])
+        except ValueError as error:
+            raise UserError(f"{self.places[row]}: {error}: drop the row") from error
 
 
 def load_feedback(source: str | Path, *, pairs: bool) -> Feedback:

@@ -2,7 +2,7 @@
 
 from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, check_judgeable, evaluate, wilson
 from burnish.evaluation.diversity import group_distance, thumbnails
-from burnish.rewards.geneval_rules import Verdict, geneval_verdict, relations
+from burnish.rewards.rules.geneval_rules import Verdict, geneval_verdict, relations
 
 __all__ = [
     "Accuracy",

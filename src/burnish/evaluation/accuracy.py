@@ -9,7 +9,7 @@ from torch import Tensor
 
 from burnish.errors import UserError
 from burnish.policies import Policy
-from burnish.rewards.geneval_rules import Verdict, geneval_verdict
+from burnish.rewards.rules.geneval_rules import Verdict, geneval_verdict
 from burnish.rollout import sample
 
 # images [batch, 3, height, width] in [0, 1] -> for each image its detections, as `geneval_verdict` takes them

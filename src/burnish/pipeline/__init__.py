@@ -4,6 +4,7 @@ from burnish.pipeline.benchmark import benchmark
 from burnish.pipeline.compare import Comparison, compare, difference
 from burnish.pipeline.demo import demo
 from burnish.pipeline.measure import evaluate_target, sample_images
+from burnish.pipeline.score import score_pictures
 from burnish.pipeline.target import open_target
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "evaluate_target",
     "open_target",
     "sample_images",
+    "score_pictures",
 ]

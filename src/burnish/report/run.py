@@ -39,11 +39,9 @@ DIVERSITY_LOSS = 0.3  # a fall of more than this fraction is worth a warning
 KL_GROWTH = 2.0  # end over middle of the run; a KL that levels off stays below
 
 
-def write_report(run: Path) -> Path:
+def write_online_report(run: Path) -> Path:
     """Write `report.html` from what `run` holds and return its path; UserError where that is no run."""
     config_file = run / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"{run} holds no config.yaml, so there is nothing to report on: give a run's directory")
     config, rows = read_recipe(config_file), read_jsonl(run / "metrics.jsonl")
     if not rows:
         raise UserError(f"{run}/metrics.jsonl is empty, so there is nothing to report on: train for a round first")
@@ -76,7 +74,7 @@ def describe(run: Path, *, title: str, paper: str) -> None:
 
     `title` and `paper`: the algorithm's.
     """
-    write_report(run)
+    write_online_report(run)
     config = read_recipe(run / "config.yaml")
     pictures = sorted((run / "samples").glob("step-*.png"))
     metrics: dict[str, Any] = {}

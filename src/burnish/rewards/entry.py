@@ -30,3 +30,11 @@ class Entry:
     def missing(self) -> list[str]:
         """The packages that are not installed."""
         return [package for package in self.packages if importlib.util.find_spec(package) is None]
+
+    @property
+    def here(self) -> str:
+        """Whether it can be used on this machine, or what has to be installed first."""
+        if not self.missing:
+            return "yes"
+        how = f"'burnish[{self.extra}]'" if self.extra else " ".join(self.missing)
+        return f"no {' and '.join(self.missing)}: pip install {how}"

@@ -18,7 +18,7 @@ from burnish.rewards.cache import CachedReward
 from burnish.rewards.catalogue import REWARDS
 from burnish.rewards.combine import Combination, Ensemble
 from burnish.rewards.judge import Judge, Single
-from burnish.rewards.network import NetworkReward, Placing
+from burnish.rewards.models.network import NetworkReward, Placing
 from burnish.rewards.scores import Reward
 
 

@@ -16,7 +16,8 @@ from burnish.errors import RewardError, UserError, described
 class Scores:
     """`total` [batch]: what is maximised. `parts`: {name: [batch]}, logged as `rewards/<name>/mean`.
 
-    `missing` [batch]: pictures that nobody could judge, whose numbers mean nothing; None: there are none.
+    `missing` [batch]: pictures that nobody could judge; None: there are none. Their `total` means nothing, and a part
+    that means nothing there is nan.
     """
 
     total: Float[Tensor, " batch"]

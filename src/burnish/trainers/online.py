@@ -39,9 +39,7 @@ RATIO_TOLERANCE = 1e-6  # of the ratio to 1 on the first inner step, where it ha
 
 
 def resume(directory: Path) -> Path:
-    """Go on with the run in `directory` from its newest whole checkpoint; UserError if there is no run."""
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{directory} holds no config.yaml, so there is no run to resume: give a run's directory")
+    """Go on with the run in `directory` from its newest whole checkpoint."""
     return train(load(directory / "config.yaml", [override("output_dir", str(directory))]), resuming=True)
 
 
@@ -110,7 +108,7 @@ def one_round(session: Session) -> dict[str, float]:
     return {
         "reward": there.mean().item(),
         "reward_std": there.std(correction=0).item(),
-        **{f"rewards/{name}/mean": part[~settled.isnan()].mean().item() for name, part in scores.parts.items()},
+        **{f"rewards/{name}/mean": part.nanmean().item() for name, part in scores.parts.items()},
         "missing_rewards": float(len(settled) - len(there)),
         "frac_reward_zero_std": (spread == 0).float().mean().item(),
         "trained_samples": float(len(experience) * accelerator.num_processes),

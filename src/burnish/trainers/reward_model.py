@@ -2,9 +2,9 @@
 
     feedback -> pictures -> scores -> objective -> update -> held-out feedback -> (next step / stop)
 
-What is fitted is a CLIP with a linear head (`burnish.rewards.trained`): the head alone, with a LoRA that is merged in
-the end, or with all of the CLIP. A step is a function of the state that a checkpoint holds and of (seed, step), so a
-resumed run is the uninterrupted one.
+What is fitted is a CLIP with a linear head (`burnish.rewards.models.trained`): the head alone, with a LoRA that is
+merged in the end, or with all of the CLIP. A step is a function of the state that a checkpoint holds and of (seed,
+step), so a resumed run is the uninterrupted one.
 """
 
 import json
@@ -29,8 +29,8 @@ from burnish.objectives import binary_feedback, bradley_terry, rating_regression
 from burnish.pictures import save_grid
 from burnish.report import write_reward_report
 from burnish.rewards.calibration import calibration, rank_correlation
-from burnish.rewards.pixels import prepared
-from burnish.rewards.trained import RewardModel, load_reward_model
+from burnish.rewards.models.pixels import prepared
+from burnish.rewards.models.trained import RewardModel, load_reward_model
 from burnish.trainers.progress import Progress
 from burnish.trainers.run import Run, stoppable
 from burnish.trainers.session import make_accelerator

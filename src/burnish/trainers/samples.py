@@ -81,7 +81,8 @@ def judged(session: Session, samples: Samples) -> Scores:
         problem = error
     if session.everywhere(torch.tensor([problem is not None])).any():
         session.origin = samples.origin
-        raise problem or RewardError("another process could not get its rewards: its own line says why")
+        said = str(problem) if problem else "another process could not get its rewards: its own line says why"
+        raise RewardError(said) from problem
     missing = torch.zeros_like(scores.total, dtype=torch.bool) if scores.missing is None else scores.missing
     everywhere = replace(scores, missing=missing).each(session.everywhere)
     if everywhere.missing is not None and everywhere.missing.all():

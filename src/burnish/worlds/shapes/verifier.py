@@ -1,8 +1,8 @@
 """Reads a picture of the world back from its pixels alone: which shapes, of which colour, where.
 
-It is a detector in the sense of `burnish.rewards.geneval_rules`: pixels that stand out from the background fall into
-connected components; a component's soft coverage, cut to its box and scaled to 14 x 14, is compared with each shape's
-template (soft IoU), and its colour with the palette, in a space where luma counts less than chroma.
+It is a detector in the sense of `burnish.evaluation`: pixels that stand out from the background fall into connected
+components; a component's soft coverage, cut to its box and scaled to 14 x 14, is compared with each shape's template
+(soft IoU), and its colour with the palette, in a space where luma counts less than chroma.
 """
 
 from functools import cache

@@ -1,0 +1,69 @@
+"""What burnish needs of a machine, and what it finds there."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import UserError
+
+
+def examine() -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows (what, found), and what is missing."""
+    missing: list[str] = []
+    rows = [("python", f"{platform.python_version()} on {platform.platform()}"), *_packages(missing)]
+    if "torch" not in missing:
+        rows += _hardware()
+    return rows + _package_data(missing), missing
+
+
+def _packages(missing: list[str]) -> list[tuple[str, str]]:
+    rows = []
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+            rows.append((package, "MISSING"))
+    return rows
+
+
+def _hardware() -> list[tuple[str, str]]:
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    devices = [f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    preloaded = os.environ.get("LD_PRELOAD", "") + os.environ.get("DYLD_INSERT_LIBRARIES", "")
+    return [
+        ("devices", ", ".join([*devices, "cpu"])),
+        ("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        ("threads", f"{torch.get_num_threads()} for {os.cpu_count()} processors"),
+        ("disk here", f"{disk.free / 2**30:.1f} GiB free"),
+        ("jemalloc", "preloaded" if "jemalloc" in preloaded else "not preloaded (training on a CPU is slower)"),
+    ]
+
+
+def _package_data(missing: list[str]) -> list[tuple[str, str]]:
+    from burnish.config import list_recipes
+
+    shapes = Path(__file__).parents[1] / "worlds" / "shapes"
+    checks: dict[str, Callable[[], Iterable[Any]]] = {
+        "recipes": list_recipes,
+        "shapes models": lambda: shapes.rglob("model_index.json"),
+        "shapes prompts": lambda: shapes.rglob("*.jsonl"),
+    }
+    rows = []
+    for name, check in checks.items():
+        try:
+            count = len(list(check()))
+        except UserError:  # no directory of recipes: one of the things this looks for
+            count = 0
+        rows.append((name, str(count) if count else "MISSING"))
+        missing += [] if count else [name]
+    return rows
