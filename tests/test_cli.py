@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 from burnish import cli, config
+from burnish.cli import machine
+from burnish.cli.tables import print_table
 from burnish.errors import UserError
 
 
@@ -90,6 +92,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
         "bench",
         "benchmark",
         "advise",
+        "reward",
     ]
     assert all(f"\n  {command} " in listed for command in commands)
     assert done.stdout.isascii()  # no boxes in a pipe
@@ -134,7 +137,7 @@ def test_wrong_usage_exits_with_2(burnish, arguments):
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_user_error_is_one_line_and_traceback_shows_more(burnish, library, position):
-    library("burnish.trainers.online", resume=UserError("runs/a: no such run"))
+    library("burnish.trainers", resume=UserError("runs/a: no such run"))
     arguments = ["resume", "runs/a"]
     expected = "burnish: runs/a: no such run\n"
     assert burnish(*arguments) == (2, "", expected)
@@ -146,18 +149,18 @@ def test_a_user_error_is_one_line_and_traceback_shows_more(burnish, library, pos
 
 
 def test_ctrl_c_exits_with_130(burnish, library):
-    library("burnish.trainers.online", resume=KeyboardInterrupt())
+    library("burnish.trainers", resume=KeyboardInterrupt())
     assert burnish("resume", "runs/a")[0] == 130
 
 
 @pytest.mark.parametrize("code", [130, 143])
 def test_the_code_of_a_stopped_training_is_kept(burnish, library, code):
-    library("burnish.trainers.online", resume=SystemExit(code))
+    library("burnish.trainers", resume=SystemExit(code))
     assert burnish("resume", "runs/a")[0] == code
 
 
 def test_other_errors_are_not_hidden(library):
-    library("burnish.trainers.online", resume=RuntimeError("a bug"))
+    library("burnish.trainers", resume=RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["resume", "runs/a"])
 
@@ -182,7 +185,7 @@ def test_output_of_train_stays_a_string(burnish, library, recipes, directory):
 
 
 def test_resume(burnish, library):
-    calls = library("burnish.trainers.online", resume=None)
+    calls = library("burnish.trainers", resume=None)
     assert burnish("resume", "runs/a")[0] == 0
     assert calls == [("resume", (Path("runs/a"),), {})]
 
@@ -311,6 +314,52 @@ def test_recipes_copy_never_overwrites(burnish, recipes, tmp_path):
     assert burnish("recipes", "copy", "shapes/dmeo")[2].endswith("did you mean shapes/demo?\n")
 
 
+# rewards
+
+
+def test_reward_list_says_what_is_missing_and_how_to_get_it(burnish, monkeypatch):
+    from burnish.rewards.entry import Entry
+
+    monkeypatch.setattr(Entry, "missing", property(lambda entry: list(entry.packages)))
+    code, out, err = burnish("reward", "list")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert lines["pickscore"].endswith("yes    yes") or lines["pickscore"].split()[-2:] == ["yes", "yes"]
+    assert lines["ocr"].endswith("no rapidocr and onnxruntime: pip install 'burnish[ocr]'")
+
+
+def test_reward_list_tells_all_of_one(burnish):
+    code, out, _ = burnish("reward", "list", "clip_score")
+    assert code == 0
+    assert "form=cosine" in out
+    assert "openai/clip-vit-large-patch14" in out
+    assert burnish("reward", "list", "clip_scor")[2].startswith(
+        "burnish: reward=clip_scor is not known; did you mean clip_score?"
+    )
+
+
+def test_reward_score(burnish, library):
+    calls = library("burnish.pipeline", score_pictures=None)
+    assert burnish("reward", "score", "pictures", "-r", "ocr", "-r", "mine.py:f", "--prompt", "a cat")[0] == 0
+    assert calls == [("score_pictures", ("pictures", ["ocr", "mine.py:f"]), {"device": None, "prompt": "a cat"})]
+
+
+def test_reward_train(burnish, library):
+    calls = library("burnish.trainers.reward_model", load="the config", train=None)
+    assert burnish("reward", "train", "mine.yaml", "steps=3", "--output", "runs/a")[0] == 0
+    assert calls == [
+        ("load", ("mine.yaml", ["steps=3", 'output_dir="runs/a"']), {}),
+        ("train", ("the config",), {}),
+    ]
+
+
+def test_reward_serve(burnish, library):
+    calls = library("burnish.rewards.remote.serve", serve=None)
+    assert burnish("reward", "serve", "pickscore", "divisor=26.0", "--port", "0", "--dtype", "bfloat16")[0] == 0
+    settings = {"port": 0, "dtype": "bfloat16", "cache": None}
+    assert calls == [("serve", ("pickscore", {"divisor": 26.0}), settings)]
+
+
 # doctor
 
 
@@ -321,7 +370,7 @@ def complete(recipes, tmp_path, monkeypatch):
     (shapes / "models" / "flow").mkdir(parents=True)
     (shapes / "models" / "flow" / "model_index.json").write_text("{}")
     (shapes / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "cli" / "machine.py"))
     return shapes
 
 
@@ -367,5 +416,5 @@ def test_doctor_names_what_is_missing(burnish, complete, recipes, monkeypatch):
 
 def test_a_table_on_a_terminal_shows_brackets_as_they_are(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    cli._print_table(("figure", "value"), [("[bold]a", "1")])
+    print_table(("figure", "value"), [("[bold]a", "1")])
     assert "[bold]a" in capsys.readouterr().out

@@ -70,7 +70,7 @@ def options(
 @app.command()
 def doctor() -> None:
     """Show what burnish finds on this machine; exit with 2 if something is missing."""
-    from burnish.cli.doctor import examine
+    from burnish.cli.machine import examine
 
     rows, missing = examine()
     print_table(("", ""), rows)

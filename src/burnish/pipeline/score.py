@@ -242,7 +242,10 @@ def _say(
     print_table(("reward", "mean", "std", "least", "median", "most"), lines)
     if len(names) > 1:
         console.print("\nrank correlations")
-        table = [[name, *(f"{v:.2f}" for v in row)] for name, row in zip(names, agreement, strict=True)]
+        table = [
+            [name, *("-" if math.isnan(v) else f"{v:.2f}" for v in row)]
+            for name, row in zip(names, agreement, strict=True)
+        ]
         print_table(("", *names), table)
     if unread:
-        console.print(f"\n{len(unread)} pictures could not be read, {unread[0]} first")
+        console.print(f"\ncould not be read, and left out: {len(unread)} of them, {unread[0]} first")
