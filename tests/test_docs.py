@@ -19,7 +19,7 @@ from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
-from burnish.trainers import online, session
+from burnish.trainers import online, reward_model, session
 from burnish.trainers.settings import SECTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,8 @@ def test_commands_parse(line):
         assert found is not None
         context = found.make_context(name, list(rest), parent=context)
     if context.command.name == "train" and (recipe := context.params["recipe"]) in dict(list_recipes()):
-        online.load(recipe, context.params["overrides"] or ())
+        kind = reward_model if recipe.startswith("rewards/") else online
+        kind.load(recipe, context.params["overrides"] or ())
 
 
 def test_the_commands_page_has_every_command():

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 from burnish.algorithms import ALGORITHMS
-from burnish.config import dump_config, list_recipes, recipes_directory
+from burnish.config import check_settings, dump_config, list_recipes, recipes_directory
 from burnish.data import load_prompts
 from burnish.processes import RectifiedFlow
-from burnish.rewards import load_callable
-from burnish.trainers import online, session
+from burnish.rewards import REWARDS, RewardConfig, load_callable
+from burnish.trainers import online, reward_model, session
 
-RECIPES = [name for name, _ in list_recipes()]
+EVERY = [name for name, _ in list_recipes()]
+REWARD_MODELS = [name for name in EVERY if name.startswith("rewards/")]
+RECIPES = sorted(set(EVERY) - set(REWARD_MODELS))
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -20,7 +22,7 @@ def test_every_yaml_file_is_listed_with_what_it_does():
     files = [
         path.relative_to(recipes_directory()).with_suffix("").as_posix() for path in recipes_directory().rglob("*.y*ml")
     ]
-    assert sorted(files) == RECIPES
+    assert sorted(files) == EVERY
     assert all(len(comment) > 20 for _, comment in list_recipes())
 
 
@@ -29,6 +31,13 @@ def test_it_parses_and_reads_back_the_same(name, tmp_path):
     config = online.load(name)
     (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
     assert online.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("name", REWARD_MODELS)
+def test_a_reward_models_recipe_reads_back_the_same(name, tmp_path):
+    config = reward_model.load(name)
+    (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
+    assert reward_model.load(tmp_path / "config.yaml") == config
 
 
 @each_recipe
@@ -48,8 +57,34 @@ def test_its_parts_fit_together(name):
     for prompts in (config.prompts, config.evaluation.prompts):
         if prompts and prompts.startswith("package:"):
             assert len(load_prompts(prompts)) >= config.prompts_per_round
-    if ".py:" not in config.reward:
-        assert callable(load_callable(config.reward))
+    for source, settings in named_rewards(config.reward):
+        if ":" in source:
+            assert callable(load_callable(source))
+        else:
+            check_settings(REWARDS[source].make, settings, source)
+
+
+def named_rewards(reward: str | RewardConfig) -> list[tuple[str, dict]]:
+    """Name or place, and settings, of each reward that a recipe names."""
+    if isinstance(reward, str):
+        return [(reward, {})]
+    parts = {**reward.parts, **reward.penalties}
+    return [(part.source or name, part.settings) for name, part in parts.items()]
+
+
+def test_parts_that_are_compared_on_their_own_are_there():
+    for name in RECIPES:
+        config = online.load(name)
+        if by_part := config.advantages.get("by_part"):
+            assert isinstance(config.reward, RewardConfig)
+            assert set(by_part) <= set(config.reward.parts)
+
+
+def to_be_downloaded(reward: str | RewardConfig) -> list[str]:
+    """The settings that name a reward whose weights are on the hub."""
+    if isinstance(reward, str):
+        return ["reward"] if reward in REWARDS and REWARDS[reward].size != "nothing" else []
+    return [f"reward.parts.{name}.source" for name in reward.parts]
 
 
 SMALLER = {  # what two steps and groups of two are too few for
@@ -63,7 +98,8 @@ SMALLER = {  # what two steps and groups of two are too few for
 
 @each_recipe
 def test_it_takes_a_round(name, tiny_flow, tmp_path):
-    """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files."""
+    """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files and of
+    rewards that have to be downloaded."""
     line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
     config = online.load(name)
@@ -86,7 +122,7 @@ def test_it_takes_a_round(name, tiny_flow, tmp_path):
         "evaluation.images_per_prompt": 1,
         "report_to": "[]",
     }
-    small |= {"reward": "burnish.worlds.shapes:reward"} if ".py:" in config.reward else {}
+    small |= dict.fromkeys(to_be_downloaded(config.reward), "burnish.worlds.shapes:reward")
     small |= SMALLER.get(config.algorithm, {})
     small |= {"evaluation.prompts": tmp_path / "prompts.jsonl"} if config.evaluation.prompts else {}
     run = online.train(online.load(name, [f"{key}={value}" for key, value in small.items()]))
@@ -137,7 +173,16 @@ def test_a_clip_in_shapes_means_what_it_means_on_sd35():
 
 
 def test_recipes_name_no_absolute_path():
-    for path in Path(recipes_directory()).rglob("*.yaml"):
-        config = online.load(path)
-        for value in (config.model, config.prompts, config.reward, config.output_dir):
+    for name in RECIPES:
+        config = online.load(name)
+        for value in (
+            config.model,
+            config.prompts,
+            config.output_dir,
+            *(place for place, _ in named_rewards(config.reward)),
+        ):
+            assert not Path(value).is_absolute()
+    for name in REWARD_MODELS:
+        config = reward_model.load(name)
+        for value in (config.model, config.output_dir, *config.feedback, *config.held_out):
             assert not Path(value).is_absolute()

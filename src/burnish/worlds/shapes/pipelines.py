@@ -1,7 +1,9 @@
 """Builds the world's models, untrained, as the parts of genuine diffusers pipelines."""
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -25,6 +29,7 @@ from transformers import (
 )
 
 from burnish.worlds.shapes.captions import vocabulary
+from burnish.worlds.shapes.scenes import SIZE
 
 LATENT_SIZE, LATENT_CHANNELS = 8, 4
 MAX_TOKENS = 14  # the longest prompt has 10 words, and two tokens mark its ends
@@ -181,6 +186,29 @@ def build_ddpm(vae: AutoencoderTiny, text_weights: Mapping[str, Any]) -> StableD
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
+
+
+def build_clip(width: int = 96, layers: int = 3) -> CLIPModel:
+    """A CLIP of 0.7M: pictures in patches of 4 x 4, prompts by the world's tokenizer."""
+    text = text_config(build_tokenizer(), width).to_dict()
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 4,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def save_clip(clip: CLIPModel, folder: Path) -> None:
+    """With the tokenizer and the image processor that its users read."""
+    clip.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    whole = {"height": SIZE, "width": SIZE}
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": SIZE}, "crop_size": whole}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
 
 
 def parameter_count(*modules: torch.nn.Module) -> int:

@@ -3,17 +3,20 @@
     python -m burnish.worlds.shapes.pretrain vae  WORK [--steps N]
     python -m burnish.worlds.shapes.pretrain flow WORK [--steps N]
     python -m burnish.worlds.shapes.pretrain ddpm WORK [--steps N]
+    python -m burnish.worlds.shapes.pretrain clip WORK [--steps N]
     python -m burnish.worlds.shapes.pretrain export WORK DESTINATION
 
 Each stage is seeded, saves its state to WORK every 500 or 1,000 steps and goes on from it when started again; its log
-is WORK/<stage>.jsonl. `export` writes the two pipelines that ship with burnish. The bases are mediocre on purpose:
-35% of the captions in their data belong to another picture of the same kind, as web captions do, which is what
-post-training can mend.
+is WORK/<stage>.jsonl. `export` writes the two pipelines that ship with burnish, and the CLIP that reward models begin
+with. The bases are mediocre on purpose: 35% of the captions in their data belong to another picture of the same kind,
+as web captions do, which is what post-training can mend.
 """
 
 import argparse
+import json
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,18 +36,30 @@ from burnish.policies.folding import FoldedJointAttention, key_bias
 from burnish.policies.stable_diffusion import StableDiffusionPolicy
 from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.processes import VariancePreserving
+from burnish.rewards.models.pixels import CLIP_MEAN, CLIP_STD
 from burnish.worlds.shapes import captions, scenes, verifier
 from burnish.worlds.shapes.one_cycle import train
-from burnish.worlds.shapes.pipelines import LATENT_SIZE, MAX_TOKENS, build_ddpm, build_flow, build_vae
+from burnish.worlds.shapes.pipelines import (
+    LATENT_SIZE,
+    MAX_TOKENS,
+    build_clip,
+    build_ddpm,
+    build_flow,
+    build_tokenizer,
+    build_vae,
+    save_clip,
+)
 
 SEED = 0
 NOISY_CAPTIONS = 0.35
 
 
-def draw(count: int, seed: int) -> tuple[list[dict], Float[Tensor, "batch 3 height width"]]:
-    """Prompts that may be trained on, the kinds in equal parts, and a picture of each."""
+def draw(
+    count: int, seed: int, splits: Sequence[captions.Split] = ("base",)
+) -> tuple[list[dict], Float[Tensor, "batch 3 height width"]]:
+    """Prompts that may be trained on, the kinds in equal parts and in turn, and a picture of each."""
     rng = np.random.default_rng(seed)
-    kinds = [[p for p in captions.prompts() if p["tag"] == kind and p["split"] == "base"] for kind in captions.KINDS]
+    kinds = [[p for p in captions.prompts() if p["tag"] == kind and p["split"] in splits] for kind in captions.KINDS]
     chosen = [kinds[index % 6][rng.integers(len(kinds[index % 6]))] for index in range(count)]
     return chosen, scenes.render([scenes.sample_scene(prompt, rng) for prompt in chosen])
 
@@ -217,6 +232,55 @@ def train_ddpm(work: Path, steps: int, batch: int = 64) -> None:
     )
 
 
+def train_clip(work: Path, steps: int, batch: int = 256) -> None:
+    """Pictures and their true captions, each batch of one kind: told apart is what is nearly alike.
+
+    The loss is CLIP's, with every caption that says the same as right.
+    """
+    torch.manual_seed(SEED)
+    clip, tokenizer = build_clip(), build_tokenizer()
+    prompts, images = draw(60_000, SEED + 4, ("base", "post"))
+    fresh_prompts, fresh = draw(1536, SEED + 5, ("held_out",))
+    pixels = (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    fresh = (fresh - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+    def tokens(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        return tokenizer([row["prompt"] for row in rows], padding="max_length", return_tensors="pt").input_ids
+
+    ids, fresh_ids = tokens(prompts), tokens(fresh_prompts)
+    said = torch.tensor([_number_of(prompt) for prompt in prompts])
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        chosen = np.random.default_rng([SEED, 4, step]).integers(len(prompts) // 6, size=batch) * 6 + step % 6
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = clip(input_ids=ids[chosen], pixel_values=pixels[chosen]).logits_per_image
+        same = (said[chosen][:, None] == said[chosen][None]).float()
+        target, logits = same / same.sum(1, keepdim=True), logits.float()
+        loss = -(target * (logits.log_softmax(1) + logits.T.log_softmax(1))).sum(1).mean() / 2
+        return loss, {"scale": clip.logit_scale.exp()}
+
+    @torch.no_grad()
+    def evaluate_now() -> dict[str, float]:
+        """Of two held-out captions of a kind that say different things, how often the right one is nearer."""
+        right = []
+        for kind in range(6):
+            rows = slice(kind, None, 6)
+            logits = clip(input_ids=fresh_ids[rows], pixel_values=fresh[rows]).logits_per_image
+            numbers = torch.tensor([_number_of(prompt) for prompt in fresh_prompts[rows]])
+            others = numbers[:, None] != numbers[None]
+            right.append((logits.diag()[:, None] > logits)[others].float().mean().item())
+        return {"told_apart": round(float(np.mean(right)), 4)} | {
+            kind: round(share, 3) for kind, share in zip(captions.KINDS, right, strict=True)
+        }
+
+    train("clip", work, steps, {"clip": clip}, loss_of, learning_rate=1e-3, ema_decay=0.998, evaluate=evaluate_now)
+
+
+def _number_of(prompt: Mapping[str, Any]) -> int:
+    """Equal for captions that ask for the same."""
+    return zlib.crc32(json.dumps(prompt["include"], sort_keys=True).encode())
+
+
 def averages(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
     """The averaged weights of a trained stage, by module."""
     return torch.load(work / f"{stage}.pt", weights_only=True)["average"]
@@ -239,11 +303,16 @@ def export(work: Path, destination: Path) -> None:
         pipeline.save_pretrained(destination / name)
         for log in ("vae", name):
             shutil.copy(work / f"{log}.jsonl", destination / name / f"{log}.jsonl")
+    if (work / "clip.pt").exists():
+        clip = build_clip()
+        clip.load_state_dict(averages(work, "clip")["clip"])
+        save_clip(clip.bfloat16(), destination / "clip")
+        shutil.copy(work / "clip.jsonl", destination / "clip" / "clip.jsonl")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "flow", "ddpm", "export"))
+    parser.add_argument("stage", choices=("vae", "flow", "ddpm", "clip", "export"))
     parser.add_argument("work", type=Path)
     parser.add_argument("destination", type=Path, nargs="?")
     parser.add_argument("--steps", type=int)
@@ -254,6 +323,8 @@ def main() -> None:
         train_flow(options.work, options.steps or 12000)
     elif options.stage == "ddpm":
         train_ddpm(options.work, options.steps or 4500)
+    elif options.stage == "clip":
+        train_clip(options.work, options.steps or 3000)
     elif options.stage == "export":
         if options.destination is None:
             parser.error("export needs a DESTINATION")

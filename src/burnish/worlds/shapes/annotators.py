@@ -1,0 +1,36 @@
+"""Simulated people who look at two pictures of a prompt and say which is better.
+
+What an annotator likes is a number, its quality; of two pictures it prefers the first with probability
+sigmoid((quality - other) / temperature), and calls a tie where they differ by less than `tie`: a Bradley-Terry model
+whose truth is known.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from burnish.worlds.shapes.reward import reward
+
+Images = Float[Tensor, "batch 3 height width"]
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A fair one: its quality is the world's reward, half the strict verdict and half the partial credit."""
+
+    temperature: float = 0.1  # a picture that is right where the other is wrong is preferred in 99 of 100
+    tie: float = 0.05
+
+    def quality(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return reward(images, prompts, metadata).total
+
+    def prefer(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+        """1, 0 or 1/2 for each pair of qualities."""
+        difference = first - second
+        chance = (difference / self.temperature).sigmoid()
+        choice = (torch.rand(difference.shape, generator=generator) < chance).float()
+        return torch.where(difference.abs() < self.tie, 0.5, choice)

@@ -1,0 +1,91 @@
+"""Pairs of the flow base's pictures with what the fair annotator says of them, in Pick-a-Pic's columns.
+
+    python -m burnish.worlds.shapes.preferences FOLDER
+
+writes FOLDER/pairs.parquet, of the training prompts, and FOLDER/fresh.parquet, of the held-out ones. The pictures of a
+prompt are sampled with guidance 1, 2 and 4, so that some are right.
+"""
+
+import argparse
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from burnish.data import load_prompts, save_feedback
+from burnish.pictures import to_pil
+from burnish.policies import Policy, load_policy
+from burnish.rollout import sample
+from burnish.worlds.shapes.annotators import Annotator
+
+WORLD = "package:burnish.worlds.shapes"
+GUIDANCE = (1.0, 2.0, 4.0)
+STEPS = 12
+SETS = {"pairs": ("train", 8, 6), "fresh": ("held_out", 8, 6)}  # prompt file, pictures and pairs of each prompt
+
+
+def png(image: Float[Tensor, "3 height width"]) -> bytes:
+    stored = io.BytesIO()
+    to_pil(image).save(stored, "PNG")
+    return stored.getvalue()
+
+
+@torch.no_grad()
+def drawn(policy: Policy, prompts: Sequence[Mapping[str, Any]], each: int, seed: int) -> Float[Tensor, "n 3 h w"]:
+    """`each` pictures of each prompt, side by side, the guidance in turn."""
+    texts = [prompt["prompt"] for prompt in prompts for _ in range(each)]
+    images = torch.empty(len(texts), 3, 32, 32)
+    for turn, guidance in enumerate(GUIDANCE):
+        rows = [row for row in range(len(texts)) if row % each % len(GUIDANCE) == turn]
+        seeds = [seed + row for row in rows]
+        rollout = sample(policy, [texts[r] for r in rows], steps=STEPS, guidance=guidance, seeds=seeds, batch_size=128)
+        images[rows] = policy.decode(rollout.latents).float()
+    return images
+
+
+def pairs(
+    policy: Policy, prompts: Sequence[Mapping[str, Any]], each: int, count: int, annotator: Annotator, seed: int
+) -> list[dict[str, Any]]:
+    """`count` pairs of each prompt's pictures, as rows of a feedback file."""
+    rows: list[dict[str, Any]] = []
+    for start in track(range(0, len(prompts), 32), description="pairs", transient=True):
+        asked = [prompt for prompt in prompts[start : start + 32] for _ in range(each)]
+        images = drawn(policy, prompts[start : start + 32], each, seed + start * each)
+        quality = annotator.quality(images, [one["prompt"] for one in asked], asked)
+        generator = torch.Generator().manual_seed(seed + start)
+        for first in range(0, len(asked), each):
+            chosen = torch.combinations(torch.arange(each))[torch.randperm(each * (each - 1) // 2, generator=generator)]
+            for one, other in (first + chosen[:count]).tolist():
+                label = annotator.prefer(quality[one], quality[other], generator).item()
+                rows.append(
+                    {
+                        "caption": asked[first]["prompt"],
+                        "jpg_0": png(images[one]),
+                        "jpg_1": png(images[other]),
+                        "label_0": label,
+                        "label_1": 1 - label,
+                        "has_label": True,
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    policy = load_policy(f"{WORLD}/models/flow", None)
+    for number, (name, (file, each, count)) in enumerate(SETS.items()):
+        prompts = load_prompts(f"{WORLD}/prompts/{file}.jsonl")
+        rows = pairs(policy, prompts, each, count, Annotator(), seed=1_000_000 * (number + 1))
+        save_feedback(options.folder / f"{name}.parquet", rows)
+        print(f"{options.folder / name}.parquet: {len(rows)} pairs")
+
+
+if __name__ == "__main__":
+    main()
