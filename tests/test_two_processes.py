@@ -12,9 +12,25 @@ from safetensors.torch import load_file
 
 from burnish.trainers import online
 
+# Several rewards, whose scales are those of all processes' pictures; one of them cannot judge every picture.
+REWARDS = """
+import torch
+from burnish.rewards import Scores
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+def seen(images, prompts, metadata):
+    told = 100 * images.mean((1, 2, 3))
+    return Scores(told, {"half": told / 2}, torch.tensor([prompt.endswith("cross") for prompt in prompts]))
+"""
 ALGORITHMS = {
     # Full precision, and a clip that the second micro-batch does not meet: what differs is the order of sums.
     "flow_grpo": {"algorithm": "flow_grpo", "objective": {"clip": 0.02, "kl_weight": 0.02}},
+    "ensemble": {
+        "algorithm": "flow_grpo",
+        "objective": {"clip": 0.02, "kl_weight": 0.02},
+        "reward": {"parts": {"red": {"source": "FOLDER/rewards.py:red"}, "seen": {"source": "FOLDER/rewards.py:seen"}}}
+        | {"how": "min", "normalise": "running", "window": 24},
+    },
     "branch_grpo": {"algorithm": "branch_grpo", "objective": {"clip": 0.02}, "collector": {"splits": [0, 1]}},
     "ddpo": {"algorithm": "ddpo", "objective": {"clip": 0.02}, "advantages": {"buffer_size": 8, "min_count": 4}},
     "diffusion_nft": {
@@ -59,12 +75,14 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
     `two/stopped`: the last recipe, stopped on its way and resumed.
     """
     folder = tmp_path_factory.mktemp("processes")
+    (folder / "rewards.py").write_text(REWARDS)
     for name, settings in ALGORITHMS.items():
         # The adapter starts at zero: larger steps make a difference show. AdamW divides by |g|, so a gradient that is
         # zero but for rounding would be all difference; this epsilon lies above rounding and below the gradients.
         update = {"update": {"learning_rate": 1e-2, "adam_epsilon": 1e-4}, "updates_per_round": 2, "batch_size": 4}
         recipe = OmegaConf.merge(OmegaConf.create(tiny_recipe), settings, update)
         recipe.objective = settings.get("objective", {"kl_weight": 0.02})
+        recipe = OmegaConf.create(OmegaConf.to_yaml(recipe).replace("FOLDER", str(folder)))
         for count in ("one", "two"):
             recipe.output_dir = str(folder / count / name)
             OmegaConf.save(recipe, folder / f"{count}-{name}.yaml")
@@ -114,6 +132,7 @@ def test_every_metric_is_the_same(runs, name):
             if not key.startswith("seconds/") and not padded:
                 assert right[key] == pytest.approx(left[key], rel=1e-5, abs=1e-5), key
     assert len(one[1]) > 10
+    assert (one[1]["missing_rewards"] > 0) == (name == "ensemble")
 
 
 def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_the_uninterrupted_one(runs):

@@ -29,7 +29,7 @@ class Combination:
     `normalise`: (r - mean) / (std + 1e-8), std with divisor n,
 
         zscore      of the batch, or with `per_prompt` of the batch's pictures of the same prompt
-        running     of the last `window` pictures, these among them
+        running     of the last batches, these among them, that together have `window` pictures
         calibrated  of the first batch that was ever judged; part of the state, so of a run's checkpoints
 
     Means and stds have no gradient, the rest has; `rank_product` has none.
@@ -67,7 +67,8 @@ class Ensemble:
             raise ValueError("weights must be at least 0 and not all 0; what is to be low is a penalty")
         self.rewards, self.penalties, self.combination = dict(rewards), dict(penalties), combination
         self.name = " + ".join(rewards)
-        self._kept: dict[str, list[float]] = {}  # running: the last values; calibrated: mean and std
+        self._batches: dict[str, list[list[float]]] = {}  # running: the last ones
+        self._scales: dict[str, list[float]] = {}  # calibrated: mean and std
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
@@ -112,10 +113,10 @@ class Ensemble:
         return total.masked_scatter(judged, settled)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": dict(self._kept)}
+        return {"batches": dict(self._batches), "scales": dict(self._scales)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept = {name: list(values) for name, values in state["kept"].items()}
+        self._batches, self._scales = dict(state["batches"]), dict(state["scales"])
 
     def _normalised(self, name: str, values: Tensor, prompts: Sequence[str]) -> Tensor:
         among = values.detach()
@@ -130,13 +131,17 @@ class Ensemble:
             case "zscore":
                 mean, std = among.mean(), among.std(correction=0)
             case "running":
-                self._kept[name] = [*self._kept.get(name, []), *among.tolist()][-self.combination.window :]
-                known = among.new_tensor(self._kept[name])
+                # Whole batches: several processes gather their pictures in another order than one.
+                batches = [*self._batches.get(name, []), among.tolist()]
+                while sum(map(len, batches[1:])) >= self.combination.window:
+                    batches.pop(0)
+                self._batches[name] = batches
+                known = among.new_tensor([value for batch in batches for value in batch])
                 mean, std = known.mean(), known.std(correction=0)
             case "calibrated":
-                if name not in self._kept:
-                    self._kept[name] = [among.mean().item(), among.std(correction=0).item()]
-                mean, std = self._kept[name]
+                if name not in self._scales:
+                    self._scales[name] = [among.mean().item(), among.std(correction=0).item()]
+                mean, std = self._scales[name]
         return (values - mean) / (std + EPS)
 
 
