@@ -6,6 +6,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from burnish import bench
+from burnish.bench import epoch, memory, scaling
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +27,15 @@ def test_a_step_and_an_epoch():
 def test_an_epoch_does_ddpos_work(tmp_path, monkeypatch):
     """4 pictures, 5 steps, both branches: as many calls in the rollout as in training."""
     seen = []
-    one_round = bench.one_round
-    monkeypatch.setattr(bench, "one_round", lambda session: seen.append(one_round(session)))
+    one_round = epoch.one_round
+    monkeypatch.setattr(epoch, "one_round", lambda session: seen.append(one_round(session)))
     bench.bench_epoch(repeats=1)
     assert [row["network_calls"] for row in seen] == [4 * 5 * 2 * 2] * 2
     assert all(row["ratio/first_deviation"] == 0 for row in seen)
 
 
 def test_scaling_counts_its_calls(tiny_flow, monkeypatch):
-    monkeypatch.setattr(bench, "SCALED", {"steps": (2, 4, 5), "num_generations": (2, 4, 8), "batch_size": (2, 4, 8)})
+    monkeypatch.setattr(scaling, "SCALED", {"steps": (2, 4, 5), "num_generations": (2, 4, 8), "batch_size": (2, 4, 8)})
     told = bench.bench("scaling", str(tiny_flow), repeats=1)["scaling"]
     assert told["steps_4/network_calls"] == 16 * (4 + 2 * 3)  # 16 pictures; three of four steps, and the reference
     assert told["num_generations_8/network_calls"] == 2 * told["num_generations_4/network_calls"]
@@ -43,6 +44,6 @@ def test_scaling_counts_its_calls(tiny_flow, monkeypatch):
 
 def test_memory_is_flat_in_the_steps(tiny_flow, monkeypatch):
     told = bench.bench("memory", str(tiny_flow))["memory"]
-    assert told.keys() == {"growth", *(f"steps_{steps}_mb" for steps in bench.STEPS)}
-    assert (min(bench.STEPS), max(bench.STEPS)) == (5, 50)
+    assert told.keys() == {"growth", *(f"steps_{steps}_mb" for steps in memory.STEPS)}
+    assert (min(memory.STEPS), max(memory.STEPS)) == (5, 50)
     assert told["growth"] < 1.05

@@ -283,6 +283,7 @@ class Benchmark(StrEnum):
     epoch = "epoch"
     scaling = "scaling"
     memory = "memory"
+    rewards = "rewards"
     all = "all"
 
 
@@ -290,9 +291,9 @@ class Benchmark(StrEnum):
 def bench(
     what: Annotated[
         Benchmark,
-        typer.Argument(help="A step, a trainer's own cost, a DDPO epoch, cost and memory by size."),
+        typer.Argument(help="A step, a trainer's own cost, a DDPO epoch, cost and memory by size, rewards."),
     ] = Benchmark.all,
-    model: Annotated[str | None, typer.Option(help="The model that the last two train.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that is trained.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None,
 ) -> None:
     """Measure what burnish itself costs; prints JSON."""

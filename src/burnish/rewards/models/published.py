@@ -9,6 +9,7 @@ import huggingface_hub
 import torch
 from torch import Tensor, nn
 
+from burnish.data import resolve
 from burnish.errors import UserError, described
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ class FullPrecision(nn.Module):
 
 def fetched(source: str, name: str) -> Path:
     """The file `name` of a hub id or of a folder; a path to a file is the file itself."""
-    path = Path(source).expanduser()
+    path = resolve(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
@@ -55,9 +56,9 @@ def fill(module: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 
 def loaded(load: Callable[[str], T], source: str, what: str) -> T:
-    """`load(source)`, where anything that goes wrong becomes one line."""
+    """`load(source)`, where anything that goes wrong becomes one line; `package:module/folder` is its folder."""
     try:
-        return load(source)
+        return load(str(resolve(source)))
     except UserError:
         raise
     except Exception as error:  # of the hub, of strangers' files, of four libraries
