@@ -31,8 +31,8 @@ def deploy(
     if token == "":
         raise UserError(f'reward on ray: {token_variable} is not set; export a token, or give token_variable=""')
     try:
-        import ray
-        from ray import serve
+        import ray  # pyright: ignore[reportMissingImports]: an extra of its own
+        from ray import serve  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("reward on ray: ray[serve] is not installed; pip install 'burnish[ray]'") from error
 

@@ -66,7 +66,7 @@ def _nudenet(threads: int | None) -> Classifier:
     if threads is not None:  # the detector has no argument for it, so its file is opened once more
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        file = Path(nudenet.__file__).with_name("320n.onnx")
+        file = Path(str(nudenet.__file__)).with_name("320n.onnx")
         detector.onnx_session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     # An array is taken for OpenCV's, blue first.
     return lambda picture: nudity(detector.detect(np.ascontiguousarray(np.asarray(picture)[..., ::-1])))

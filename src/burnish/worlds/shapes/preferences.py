@@ -7,7 +7,6 @@ prompt are sampled with guidance 1, 2 and 4, so that some are right.
 """
 
 import argparse
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from burnish.data import load_prompts, save_feedback
-from burnish.pictures import to_pil
+from burnish.data import encode, load_prompts, save_feedback
 from burnish.policies import Policy, load_policy
 from burnish.rollout import sample
 from burnish.worlds.shapes.annotators import Annotator
@@ -27,12 +25,6 @@ WORLD = "package:burnish.worlds.shapes"
 GUIDANCE = (1.0, 2.0, 4.0)
 STEPS = 12
 SETS = {"pairs": ("train", 8, 6), "fresh": ("held_out", 8, 6)}  # prompt file, pictures and pairs of each prompt
-
-
-def png(image: Float[Tensor, "3 height width"]) -> bytes:
-    stored = io.BytesIO()
-    to_pil(image).save(stored, "PNG")
-    return stored.getvalue()
 
 
 @torch.no_grad()
@@ -65,8 +57,8 @@ def pairs(
                 rows.append(
                     {
                         "caption": asked[first]["prompt"],
-                        "jpg_0": png(images[one]),
-                        "jpg_1": png(images[other]),
+                        "jpg_0": encode(images[one]),
+                        "jpg_1": encode(images[other]),
                         "label_0": label,
                         "label_1": 1 - label,
                         "has_label": True,
