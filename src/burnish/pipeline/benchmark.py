@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 
 from burnish.algorithms import ALGORITHMS
@@ -138,6 +138,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 verticalalignment="center", arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.25},
             )  # fmt: skip
         panel.set(title=f"shapes world, {model} base", xlabel="network calls (thousands)", ylabel="held-out accuracy")
+        panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
