@@ -47,10 +47,9 @@ def harvest(
     assert settings.prompts is not None
     assert settings.detector is not None
     asked, detect = load_prompts(settings.prompts), load_callable(settings.detector, "detector")
-    policy, judge = open_target(str(run)), load_judge(online.load(run / "config.yaml").reward)
-    after = evaluate_with(settings, policy, asked, detect)
-    with policy.reference():
-        base = evaluate_with(settings, policy, asked, detect)
+    config = online.load(run / "config.yaml")
+    judge = load_judge(config.reward)
+    after, base = (evaluate_with(settings, open_target(one), asked, detect) for one in (str(run), config.model))
     metadata = [line for line in asked for _ in range(images_per_prompt)]
 
     def rewards(evaluation: Evaluation) -> torch.Tensor:
