@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -10,8 +11,9 @@ from safetensors.torch import load_file
 from burnish.data import resolve
 from burnish.evaluation import evaluate, geneval_verdict
 from burnish.policies import load_policy
+from burnish.rewards import load_reward, score
 from burnish.rollout import sample
-from burnish.worlds.shapes import captions, detect
+from burnish.worlds.shapes import captions, detect, scenes
 from burnish.worlds.shapes.pretrain import draw
 
 MODELS = "package:burnish.worlds.shapes/models"
@@ -74,3 +76,22 @@ def test_the_bases_share_their_vae_and_text_encoder(part):
     flow, ddpm = weights("flow"), weights("ddpm")
     assert set(flow) - set(ddpm) <= {"text_projection.weight"}
     assert all(torch.equal(flow[name], tensor) for name, tensor in ddpm.items())
+
+
+@torch.no_grad()
+def test_the_clip_tells_apart_what_its_log_says():
+    """Held-out captions of a kind that ask for something else, against the picture's own."""
+    told = logged("clip", "clip")["told_apart"]
+    reward = load_reward("clip_score", {"model": f"{MODELS}/clip"}, batch_size=64)
+    rng, shares = np.random.default_rng(0), []
+    for kind in captions.KINDS:
+        held_out = [p for p in captions.prompts() if p["tag"] == kind and p["split"] == "held_out"]
+        chosen = [held_out[place] for place in rng.integers(len(held_out), size=24)]
+        images = scenes.render([scenes.sample_scene(prompt, rng) for prompt in chosen])
+        pairs = [(one, other) for one in range(24) for other in range(24)]
+        scores = score(reward, images[[one for one, _ in pairs]], [chosen[other]["prompt"] for _, other in pairs]).total
+        table = scores.view(24, 24)
+        differ = torch.tensor([[a["include"] != b["include"] for b in chosen] for a in chosen])
+        shares.append((table.diag()[:, None] > table)[differ].float().mean().item())
+    assert told > 0.99
+    assert np.mean(shares) == pytest.approx(told, abs=0.02)

@@ -288,10 +288,9 @@ def averages(work: Path, stage: str) -> dict[str, dict[str, Tensor]]:
 
 def export(work: Path, destination: Path) -> None:
     """Write each trained base to DESTINATION as a pipeline: networks in bf16, text encoders (small) in fp32, logs."""
-    text_encoder = averages(work, "flow")["text_encoder"]
     build: dict[str, Callable[[], Any]] = {
         "flow": lambda: build_flow(load_vae(work)),
-        "ddpm": lambda: build_ddpm(load_vae(work), text_encoder),
+        "ddpm": lambda: build_ddpm(load_vae(work), averages(work, "flow")["text_encoder"]),
     }
     for name in [name for name in build if (work / f"{name}.pt").exists()]:
         pipeline = build[name]()
@@ -324,7 +323,7 @@ def main() -> None:
     elif options.stage == "ddpm":
         train_ddpm(options.work, options.steps or 4500)
     elif options.stage == "clip":
-        train_clip(options.work, options.steps or 3000)
+        train_clip(options.work, options.steps or 2400)
     elif options.stage == "export":
         if options.destination is None:
             parser.error("export needs a DESTINATION")
