@@ -68,7 +68,8 @@ def _cell(name: str, value: float | None) -> str:
 
 def _plots(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A plot a metric: of the training batches, and of each held-out set."""
-    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    # `eval/accuracy` is the first set's once more, for the progress bar.
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "eval/accuracy"))
     metrics = dict.fromkeys(name.rpartition("/")[2] for name in names)
     plots = []
     for metric in metrics:
