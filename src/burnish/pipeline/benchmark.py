@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Outcome:
     def calls_to(self, accuracy: float) -> float:
         """Network calls until the curve, straight between evaluations, is at `accuracy`; infinite if it never is."""
         for (before, low), (after, high) in zip(self.curve, self.curve[1:], strict=False):
-            if high >= accuracy > low:
+            if high >= accuracy - 1e-9 > low:  # the mean of seeds, rounded, has to reach itself
                 return before + (after - before) * (accuracy - low) / (high - low)
         return 0.0 if self.curve[0][1] >= accuracy else math.inf
 
@@ -127,8 +127,8 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
         height, room = math.inf, 0.07 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
-            calls, accuracy = np.mean([one.curve for one in runs], axis=0).T
-            thousands = calls / 1000
+            calls, accuracy = zip(*_together(runs).curve, strict=True)
+            thousands = np.array(calls) / 1000
             (line,) = panel.plot(thousands, accuracy, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
             panel.plot(thousands[-1], accuracy[-1], "o", color=line.get_color(), markersize=4)
             height = min(accuracy[-1], height - room)  # no label over another
@@ -179,7 +179,7 @@ def _row(runs: Sequence[Outcome], target: float) -> list[str]:
     # Two estimates are uncertain in each gain; where there are several seeds, their spread says whether that is all.
     sampled = math.sqrt(2 * sum(one.error**2 for one in runs)) / len(runs)
     seen = statistics.stdev(gains) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
-    reached = _mean(one.calls_to(target) for one in runs)
+    reached = _together(runs).calls_to(target)
     return [
         ALGORITHMS[runs[0].algorithm].title,
         runs[0].model,
@@ -191,6 +191,12 @@ def _row(runs: Sequence[Outcome], target: float) -> list[str]:
         f"{_mean(one.calls for one in runs) / 1000:.0f}k",
         "-" if math.isinf(reached) else f"{reached / 1000:.0f}k",
     ]
+
+
+def _together(runs: Sequence[Outcome]) -> Outcome:
+    """The seeds of a recipe as one run, whose curve is their mean."""
+    calls, accuracy = np.mean([one.curve for one in runs], axis=0).T.tolist()
+    return replace(runs[0], curve=tuple(zip(calls, accuracy, strict=True)))
 
 
 def _mean(values: Any) -> float:
