@@ -1,5 +1,6 @@
 """Grids of pictures with a caption for each row."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ SMALLEST = 96  # pictures with shorter sides are enlarged by whole factors, pixe
 def to_pil(image: Float[Tensor, "3 height width"]) -> Image.Image:
     """A picture in [0, 1] as 8 bits, rounded as diffusers does."""
     return Image.fromarray((image.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8))
+
+
+def to_png(image: Float[Tensor, "3 height width"]) -> bytes:
+    """The same as a PNG file's bytes."""
+    stored = io.BytesIO()
+    to_pil(image).save(stored, "PNG")
+    return stored.getvalue()
 
 
 def grid(

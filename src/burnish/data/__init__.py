@@ -1,14 +1,13 @@
 """Prompt sets and feedback, validated as they are read."""
 
 from burnish.data.feedback import Feedback, joined, load_feedback, save_feedback
-from burnish.data.images import decode, encode
+from burnish.data.images import decode
 from burnish.data.prompts import PromptStream, load_prompts, resolve
 
 __all__ = [
     "Feedback",
     "PromptStream",
     "decode",
-    "encode",
     "joined",
     "load_feedback",
     "load_prompts",

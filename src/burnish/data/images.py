@@ -19,12 +19,3 @@ def decode(stored: bytes | Path) -> Float[Tensor, "3 height width"]:
         name = f"{len(stored)} bytes" if isinstance(stored, bytes) else str(stored)
         raise ValueError(f"{name} cannot be read as a picture") from error
     return torch.from_numpy(np.asarray(upright).copy()).permute(2, 0, 1).float() / 255
-
-
-def encode(image: Float[Tensor, "3 height width"]) -> bytes:
-    """A picture in [0, 1] as a PNG file's bytes."""
-    stored = io.BytesIO()
-    Image.fromarray((image.detach().clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)).save(
-        stored, "PNG"
-    )
-    return stored.getvalue()

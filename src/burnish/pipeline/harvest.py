@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from burnish.data import encode, load_prompts, save_feedback
+from burnish.data import load_prompts, save_feedback
 from burnish.errors import UserError
 from burnish.evaluation import Evaluation
+from burnish.pictures import to_png
 from burnish.pipeline.measure import evaluation_settings
 from burnish.pipeline.target import open_target
 from burnish.rewards import load_callable, load_judge
@@ -67,8 +68,8 @@ def harvest(
             rows.append(
                 {
                     "prompt": after.prompts[first],
-                    "chosen": encode(image),
-                    "rejected": encode(after.images[place]),
+                    "chosen": to_png(image),
+                    "rejected": to_png(after.images[place]),
                 }
             )
             paid.append(float(liked[place] > reward))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import UserError
-from burnish.rewards.scores import Scores, name_of, score
+from burnish.rewards.scores import Scores, lines_of, name_of, score
 
 PATIENCE = 60  # seconds that one process waits for another which writes
 
@@ -38,7 +38,7 @@ class CachedReward:
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Scores:
-        metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
+        metadata = lines_of(prompts, metadata)
         keys = [self._key(*one) for one in zip(images, prompts, metadata, strict=True)]
         with self._file() as file:
             query = "SELECT scores FROM judgements WHERE key = ?"

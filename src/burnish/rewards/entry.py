@@ -1,9 +1,17 @@
 """What there is to know of a shipped reward before it is loaded."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from burnish.errors import UserError
+
+
+def need(reward: str, engine: str, modules: Sequence[str], how: str) -> None:
+    """UserError, with what to do, where an engine of a reward lacks one of these modules."""
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise UserError(f"reward {reward}: engine={engine} needs {' and '.join(missing)}: {how}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def score(
     `total` is nan where it is `missing`. Gradients are kept.
     """
     name = name_of(reward)
-    metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
+    metadata = lines_of(prompts, metadata)
     try:
         scores = reward(images, prompts, metadata)
     except UserError:
@@ -73,6 +73,11 @@ def score(
     if scores.missing is None or not scores.missing.any():
         return Scores(scores.total, scores.parts)
     return Scores(scores.total.masked_fill(scores.missing, torch.nan), scores.parts, scores.missing)
+
+
+def lines_of(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    """The metadata, or where nobody gives any the prompts' own lines, as of a file that has prompts only."""
+    return [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
 
 
 def name_of(reward: Reward) -> str:

@@ -9,7 +9,7 @@ from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from burnish.rewards.scores import Scores
+from burnish.rewards.scores import Scores, lines_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -43,7 +43,7 @@ class NetworkReward:
     ) -> Scores:
         device = torch.device(self.placing.device) if self.placing.device else images.device
         self.network.to(device)
-        metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
+        metadata = lines_of(prompts, metadata)
         told: list[Scores] = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             for start in range(0, len(images), self.placing.batch_size):

@@ -23,7 +23,7 @@ from burnish.rewards.entry import Entry
 from burnish.rewards.models.network import joined
 from burnish.rewards.remote import flow_grpo, wire
 from burnish.rewards.remote.exchange import Failure, causes, post, said, ssl_context
-from burnish.rewards.scores import Scores
+from burnish.rewards.scores import Scores, lines_of
 
 LONGEST_PAUSE = 30.0  # seconds between two requests of a series, also when the server asks for more
 REST = 15.0  # seconds that a server is left alone after a series of failures
@@ -130,7 +130,7 @@ class RemoteReward:
         prompts: Sequence[str],
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
-        metadata = [{"prompt": prompt} for prompt in prompts] if metadata is None else metadata
+        metadata = lines_of(prompts, metadata)
         size = self.slice_size
         slices = [slice(start, start + size) for start in range(0, len(images), size)]
         told = [self._ask(images[here], list(prompts[here]), metadata[here]) for here in slices]

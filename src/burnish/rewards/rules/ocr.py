@@ -13,7 +13,6 @@ Differs from: the engine there is PaddleOCR 2, which gets RGB for BGR; here it i
 Not run: PaddleOCR with its weights, which it downloads when it starts.
 """
 
-import importlib.util
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from burnish.errors import UserError
 from burnish.pictures import to_pil
-from burnish.rewards.entry import Entry
+from burnish.rewards.entry import Entry, need
 from burnish.rewards.scores import Reward
 
 Engine = Literal["rapidocr", "tesseract", "paddle"]
@@ -71,7 +70,7 @@ def _levenshtein(one: str, other: str) -> int:
 
 
 def _rapidocr(threads: int | None) -> Reader:
-    _need("rapidocr", ["rapidocr", "onnxruntime"], "pip install 'burnish[ocr]'")
+    need("ocr", "rapidocr", ["rapidocr", "onnxruntime"], "pip install 'burnish[ocr]'")
     from rapidocr import RapidOCR  # pyright: ignore[reportMissingImports]
 
     settings: dict[str, Any] = {"Global.text_score": 0.0}  # as flow_grpo, which drops what has no confidence at all
@@ -88,7 +87,7 @@ def _rapidocr(threads: int | None) -> Reader:
 
 
 def _tesseract(threads: int | None) -> Reader:
-    _need("tesseract", ["pytesseract"], "pip install pytesseract, and the program tesseract")
+    need("ocr", "tesseract", ["pytesseract"], "pip install pytesseract, and the program tesseract")
     if threads is not None:
         raise UserError("reward ocr: threads is not for engine=tesseract: set the variable OMP_THREAD_LIMIT instead")
     import pytesseract  # pyright: ignore[reportMissingImports]
@@ -104,7 +103,7 @@ def _tesseract(threads: int | None) -> Reader:
 
 
 def _paddle(threads: int | None) -> Reader:
-    _need("paddle", ["paddleocr", "paddle"], "pip install 'paddleocr>=3' paddlepaddle")
+    need("ocr", "paddle", ["paddleocr", "paddle"], "pip install 'paddleocr>=3' paddlepaddle")
     from paddleocr import PaddleOCR  # pyright: ignore[reportMissingImports]
 
     if not hasattr(PaddleOCR, "predict"):
@@ -122,11 +121,6 @@ def _paddle(threads: int | None) -> Reader:
         return [text for page in engine.predict(blue_first) for text in page["rec_texts"]]
 
     return read
-
-
-def _need(engine: Engine, modules: Sequence[str], how: str) -> None:
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-        raise UserError(f"reward ocr: engine={engine} needs {' and '.join(missing)}: {how}")
 
 
 @cache

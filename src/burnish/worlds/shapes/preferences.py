@@ -16,7 +16,8 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from burnish.data import encode, load_prompts, save_feedback
+from burnish.data import load_prompts, save_feedback
+from burnish.pictures import to_png
 from burnish.policies import Policy, load_policy
 from burnish.rollout import sample
 from burnish.worlds.shapes.annotators import Annotator
@@ -57,8 +58,8 @@ def pairs(
                 rows.append(
                     {
                         "caption": asked[first]["prompt"],
-                        "jpg_0": encode(images[one]),
-                        "jpg_1": encode(images[other]),
+                        "jpg_0": to_png(images[one]),
+                        "jpg_1": to_png(images[other]),
                         "label_0": label,
                         "label_1": 1 - label,
                         "has_label": True,

@@ -36,7 +36,7 @@ from burnish.policies.folding import FoldedJointAttention, key_bias
 from burnish.policies.stable_diffusion import StableDiffusionPolicy
 from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.processes import VariancePreserving
-from burnish.rewards.models.pixels import CLIP_MEAN, CLIP_STD
+from burnish.rewards.models.pixels import prepared
 from burnish.worlds.shapes import captions, scenes, verifier
 from burnish.worlds.shapes.one_cycle import train
 from burnish.worlds.shapes.pipelines import (
@@ -49,6 +49,7 @@ from burnish.worlds.shapes.pipelines import (
     build_vae,
     save_clip,
 )
+from burnish.worlds.shapes.scenes import SIZE
 
 SEED = 0
 NOISY_CAPTIONS = 0.35
@@ -241,8 +242,7 @@ def train_clip(work: Path, steps: int, batch: int = 256) -> None:
     clip, tokenizer = build_clip(), build_tokenizer()
     prompts, images = draw(60_000, SEED + 4, ("base", "post"))
     fresh_prompts, fresh = draw(1536, SEED + 5, ("held_out",))
-    pixels = (images - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
-    fresh = (fresh - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    pixels, fresh = prepared(images, SIZE), prepared(fresh, SIZE)
 
     def tokens(rows: Sequence[Mapping[str, Any]]) -> Tensor:
         return tokenizer([row["prompt"] for row in rows], padding="max_length", return_tensors="pt").input_ids
