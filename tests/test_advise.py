@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
+from burnish import trainers
 from burnish.advise import BASES, SIGNALS, Situation, advise
 from burnish.algorithms import ALGORITHMS
 from burnish.config import list_recipes
-from burnish.trainers import online
 
 SITUATIONS = [
     Situation(base, signal, memory, shift)
@@ -33,7 +33,7 @@ def test_recipes_are_shipped_ones_of_the_method_and_real_models_come_first():
         for one in advise(situation):
             if one.recipe:
                 assert one.recipe in known
-                assert online.load(one.recipe).algorithm == one.name
+                assert trainers.load(one.recipe).algorithm == one.name
     (first,) = (one for one in advise(Situation("ddpm", "rule")) if one.name == "ddpo")
     assert first.recipe == "sd1.5/ddpo_aesthetic"
 
@@ -45,7 +45,7 @@ def test_the_cheat_sheets_choices():
     assert names("ddpm", "pairs")[0] == "Diffusion-DPO"
     assert names("ddpm", "pairs", style_shift=True)[0] == names("ddpm", "pairs", memory=12.0)[0] == "MaPO"
     assert names("flow", "thumbs")[0] == "Diffusion-KTO"
-    assert names("flow", "differentiable")[0] == "DRaFT-1"
+    assert names("flow", "differentiable")[0] == "draft_k"
     assert "flow_grpo" in names("flow", "rule")
     assert "ddpo" not in names("flow", "rule")
     assert names("ddpm", "rule")[:2] == ["dpok", "ddpo"]

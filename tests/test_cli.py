@@ -169,17 +169,14 @@ def test_other_errors_are_not_hidden(library):
 
 
 def test_train(burnish, library):
-    calls = library("burnish.trainers.online", load="the config", train=None)
+    calls = library("burnish.trainers", train=Path("runs/a"))
     assert burnish("train", "shapes/demo", "rounds=3", "update.learning_rate=1e-4")[0] == 0
-    assert calls == [
-        ("load", ("shapes/demo", ["rounds=3", "update.learning_rate=1e-4"]), {}),
-        ("train", ("the config",), {}),
-    ]
+    assert calls == [("train", ("shapes/demo", ["rounds=3", "update.learning_rate=1e-4"]), {})]
 
 
 @pytest.mark.parametrize("directory", ["runs/a", "2024", "1e-4", 'a "b": c', "null", "é😀", "${seed}", "a: b"])
 def test_output_of_train_stays_a_string(burnish, library, recipes, directory):
-    calls = library("burnish.trainers.online", load=None, train=None)
+    calls = library("burnish.trainers", train=Path("runs/a"))
     assert burnish("train", "shapes/demo", "--output", directory, "seed=1")[0] == 0
     assert config.read_recipe(*calls[0][1]) == {"rounds": 1, "seed": 1, "output_dir": directory}
 
@@ -212,7 +209,7 @@ def test_every_option_reaches_the_library(burnish, library):
     assert burnish("compare", "m", "r", *measured, *drawing)[0] == 0
     common = {"prompts": "p.txt", "detector": "c.py:d", "output": Path("o"), **drawn}
     assert [settings for _, _, settings in calls] == [
-        {"output": Path("o.png"), "adapter": Path("d"), **drawn},
+        {"output": Path("o.png"), "adapter": {Path("d"): 1.0}, **drawn},
         {"adapter": Path("d"), **common},
         common,
     ]
@@ -243,16 +240,17 @@ def test_algorithms(burnish, library, monkeypatch):
     class Row:
         title: str
         family: str
+        kinds: str
         needs: str
         paper: str
         result: str
 
     library("burnish.algorithms")
-    rows = {"flow_grpo": Row("Flow-GRPO", "policy gradient", "flow", "2505.05470", "0.95")}
+    rows = {"flow_grpo": Row("Flow-GRPO", "policy gradient", "flow", "noise", "2505.05470", "0.95")}
     monkeypatch.setattr(sys.modules["burnish.algorithms"], "ALGORITHMS", rows, raising=False)
     lines = [
-        "algorithm  method     family           needs  paper       what the paper reports",
-        "flow_grpo  Flow-GRPO  policy gradient  flow   2505.05470  0.95",
+        "algorithm  method     family           needs        paper       what the paper reports",
+        "flow_grpo  Flow-GRPO  policy gradient  flow; noise  2505.05470  0.95",
     ]
     assert burnish("algorithms") == (0, "\n".join(lines) + "\n", "")
 
@@ -264,6 +262,16 @@ def test_every_row_is_in_the_table(burnish):
     assert [line.split()[0] for line in lines] == list(ALGORITHMS)
     assert "flow; sampler cps" in next(line for line in lines if line.startswith("flow_cps"))
     assert "flow; any solver" in next(line for line in lines if line.startswith("diffusion_nft"))
+
+
+def test_adapters_are_mixed_and_scaled(burnish, library):
+    calls = library("burnish.pipeline", sample_images=Path("o.png"))
+    mixed = ["--adapter", "runs/a=0.25", "--adapter", "runs/b", "--lora-scale", "0.5"]
+    assert burnish("sample", "a", "--model", "m", "--output", "o.png", *mixed)[0] == 0
+    adapter = {Path("runs/a"): 0.25, Path("runs/b"): 1.0}
+    assert calls[0][2] == {"output": Path("o.png"), "adapter": adapter, "lora_scale": 0.5}
+    code, _, err = burnish("sample", "a", "--model", "m", "--output", "o.png", "--adapter", "a=much")
+    assert (code, err) == (2, "burnish: --adapter a=much: 'much' is no weight: write PATH or PATH=0.5\n")
 
 
 def test_advise(burnish):

@@ -14,13 +14,12 @@ import pytest
 import typer
 import yaml
 
-from burnish import cli
+from burnish import cli, trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
-from burnish.trainers import online, reward_model, session
-from burnish.trainers.settings import SECTIONS
+from burnish.trainers import backprop, online, session
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -100,8 +99,7 @@ def test_commands_parse(line):
         assert found is not None
         context = found.make_context(name, list(rest), parent=context)
     if context.command.name == "train" and (recipe := context.params["recipe"]) in dict(list_recipes()):
-        kind = reward_model if recipe.startswith("rewards/") else online
-        kind.load(recipe, context.params["overrides"] or ())
+        trainers.load(recipe, context.params["overrides"] or ())
 
 
 def test_the_commands_page_has_every_command():
@@ -163,7 +161,7 @@ def test_the_algorithms_page_has_every_algorithm():
         assert row.paper in line
         assert row.title in line
         for recipe in re.findall(r"`([\w.]+/\w+)`", line):
-            assert online.load(find_recipe(recipe)).algorithm == name
+            assert trainers.load(find_recipe(recipe)).algorithm == name
 
 
 def table(page: str) -> dict[str, str]:
@@ -173,23 +171,35 @@ def table(page: str) -> dict[str, str]:
 
 
 def values(config, prefix: str = "") -> dict[str, object]:
-    """Every setting of a dataclass with its default; a section's under its dotted name."""
+    """Every setting of a dataclass, or of an instance of one, with its default; a section's under its dotted name."""
     found = {}
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = default if isinstance(config, type) else getattr(config, field.name)
         if is_dataclass(default):
-            found |= values(type(default), f"{prefix}{field.name}.")
+            found |= values(default, f"{prefix}{field.name}.")
         elif default != {}:
             found[prefix + field.name] = "required" if default is MISSING else default
     return found
 
 
-def test_the_configuration_page_has_every_setting_with_its_default():
-    expected = values(online.OnlineConfig)
-    told = {name: str(yaml.safe_load(default)) for name, default in table("configuration.md").items()}
+def read_table(page: str, expected: dict[str, object]) -> tuple[dict, dict]:
+    """What a page's tables say of defaults, and what they have to say."""
+    told = {name: str(yaml.safe_load(default)) for name, default in table(page).items()}
     read = {name: float(text) if isinstance(expected.get(name), float) else text for name, text in told.items()}
-    wanted = {name: value if isinstance(value, float) else str(value) for name, value in expected.items()}
+    return read, {name: value if isinstance(value, float) else str(value) for name, value in expected.items()}
+
+
+def test_the_configuration_page_has_every_setting_with_its_default():
+    read, wanted = read_table("configuration.md", values(online.OnlineConfig))
     assert read == {**wanted, "mixed_precision": "False"}  # YAML's no
+
+
+def test_the_backprop_page_has_every_setting_that_is_its_own_or_has_another_default():
+    online_too = values(online.OnlineConfig)
+    own = {name: one for name, one in values(backprop.BackpropConfig).items() if online_too.get(name, ...) != one}
+    read, wanted = read_table("backprop.md", own)
+    assert read == wanted
 
 
 def default_in(cell: str, like: object) -> object:
@@ -209,10 +219,10 @@ def test_an_algorithms_page_has_every_setting_with_its_default(name):
     row, told = ALGORITHMS[name], table(f"algorithms/{name}.md")
     expected = {
         f"{section}.{setting}": one.default
-        for section in SECTIONS
-        for setting, one in from_signature(getattr(row, section), section).model_fields.items()
+        for section, part in row.parts.items()
+        for setting, one in from_signature(part, section).model_fields.items()
     }
-    assert {setting for setting in told if setting.partition(".")[0] in SECTIONS} == set(expected)
+    assert {setting for setting in told if setting.partition(".")[0] in row.parts} == set(expected)
     for setting, default in expected.items():
         found = default_in(told[setting], default)
         assert (type(found), found) == (type(default), default), setting
@@ -226,7 +236,12 @@ LOGGED = {
     "dpok": {"replay": {"micro_batches": 1}},
     "ddpo_sf": {},
     "rwr": {},
+    "draft": {"objective": {"kl_weight": 0.01}, "evaluation": {"reward": True, "images_per_prompt": 2}},
+    "refl": {},
+    "srpo": {},
+    "adjoint_matching": {"route": {"trained_steps": 2}},
 }
+OF_ROUNDS = ("num_generations", "updates_per_round", "objective")  # what back-propagation has not, or otherwise
 
 
 @pytest.mark.parametrize("algorithm", LOGGED)
@@ -239,27 +254,31 @@ def test_the_metrics_page_has_every_metric_that_a_run_logs(algorithm, tiny_recip
         "    red = images[:, 0].mean((1, 2))\n"
         "    return Scores(red, {'red': red})\n"
     )
-    recipe = yaml.safe_load(tiny_recipe) | {
+    recipe = yaml.safe_load(tiny_recipe)
+    if ALGORITHMS[algorithm].trainer == "backprop":
+        recipe = {name: value for name, value in recipe.items() if name not in OF_ROUNDS} | {"batch_size": 4}
+    recipe |= {
         "algorithm": algorithm,
         "reward": f"{tmp_path / 'parts.py'}:parts",
         "rounds": 1,
         "output_dir": str(tmp_path / "run"),
         "rollout": {"steps": 3, "guidance": 1.0, "sampler": "sde"},
         "objective": {},
+        **LOGGED[algorithm],
         "evaluation": {
             "steps": 2,
             "images_per_prompt": 1,
             "prompts": str(tmp_path / "held_out.jsonl"),
             "detector": "burnish.worlds.shapes:detect",
+            **LOGGED[algorithm].get("evaluation", {}),
         },
-        **LOGGED[algorithm],
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run = online.train(online.load(tmp_path / "recipe.yaml"))
+    run = trainers.train(tmp_path / "recipe.yaml")
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row} - {"step"}
     assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "network_calls"} <= logged
-    assert ("kl" in logged) == (algorithm not in ("ddpo_sf", "rwr"))
+    assert ("kl" in logged) == ("kl_weight" in LOGGED[algorithm].get("objective", {}) or algorithm == "dpok")
     general = re.compile(r"(?<=^rewards/)[^/]+(?=/mean$)"), re.compile(r"(?<=^eval/accuracy/)[^/]+$")
     bounds = re.compile(r"(?<=^eval/accuracy_low/)[^/]+$"), re.compile(r"(?<=^eval/accuracy_high/)[^/]+$")
     named = map(partial(general[0].sub, "<name>"), logged)

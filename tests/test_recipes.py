@@ -5,17 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from burnish import trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.config import check_settings, dump_config, list_recipes, recipes_directory
 from burnish.data import load_prompts
 from burnish.processes import RectifiedFlow
 from burnish.rewards import REWARDS, RewardConfig, load_callable
-from burnish.trainers import online, reward_model, session
+from burnish.trainers import backprop, online, reward_model, session
 
 EVERY = [name for name, _ in list_recipes()]
 REWARD_MODELS = [name for name in EVERY if name.startswith("rewards/")]
 RECIPES = sorted(set(EVERY) - set(REWARD_MODELS))
+BACKPROP = [name for name in RECIPES if isinstance(trainers.load(name), backprop.BackpropConfig)]
+ONLINE = sorted(set(RECIPES) - set(BACKPROP))
 each_recipe = pytest.mark.parametrize("name", RECIPES)
+each_online_recipe = pytest.mark.parametrize("name", ONLINE)
 
 
 def test_every_yaml_file_is_listed_with_what_it_does():
@@ -26,31 +30,36 @@ def test_every_yaml_file_is_listed_with_what_it_does():
     assert all(len(comment) > 20 for _, comment in list_recipes())
 
 
-@each_recipe
+@pytest.mark.parametrize("name", EVERY)
 def test_it_parses_and_reads_back_the_same(name, tmp_path):
-    config = online.load(name)
+    config = trainers.load(name)
     (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
-    assert online.load(tmp_path / "config.yaml") == config
+    assert trainers.load(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("name", REWARD_MODELS)
-def test_a_reward_models_recipe_reads_back_the_same(name, tmp_path):
-    config = reward_model.load(name)
-    (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
-    assert reward_model.load(tmp_path / "config.yaml") == config
-
-
-@each_recipe
+@each_online_recipe
 def test_its_parts_fit_together(name):
     config = online.load(name)
     row = ALGORITHMS[config.algorithm]
     session.check_sizes(config, processes=1)
     replay, sampler = (
-        row.replay(**config.replay),
+        row.parts["replay"](**config.replay),
         RectifiedFlow().sampler(config.rollout.sampler, config.rollout.noise_level),
     )
     assert replay.calls(config.rollout.steps) > 0
     assert replay.keep == "final" or RectifiedFlow().has_noise(sampler)  # without noise there is no log-prob
+
+
+@pytest.mark.parametrize("name", BACKPROP)
+def test_a_route_fits_its_chain(name):
+    config = backprop.load(name)
+    ALGORITHMS[config.algorithm].parts["route"](**config.route).check(config.rollout.steps)
+    assert config.prompts_per_round % config.batch_size == 0
+
+
+@each_recipe
+def test_what_it_names_is_there(name):
+    config = trainers.load(name)
     assert bool(config.evaluation.prompts) == bool(config.evaluation.detector)
     if config.evaluation.detector:
         assert callable(load_callable(config.evaluation.detector, "detector"))
@@ -73,7 +82,7 @@ def named_rewards(reward: str | RewardConfig) -> list[tuple[str, dict]]:
 
 
 def test_parts_that_are_compared_on_their_own_are_there():
-    for name in RECIPES:
+    for name in ONLINE:
         config = online.load(name)
         if by_part := config.advantages.get("by_part"):
             assert isinstance(config.reward, RewardConfig)
@@ -84,33 +93,15 @@ def to_be_downloaded(reward: str | RewardConfig) -> list[str]:
     """The settings that name a reward whose weights are on the hub."""
     if isinstance(reward, str):
         return ["reward"] if reward in REWARDS and REWARDS[reward].size != "nothing" else []
-    return [f"reward.parts.{name}.source" for name in reward.parts]
+    shipped = {name for name, part in reward.parts.items() if str(part.settings.get("model")).startswith("package:")}
+    return [f"reward.parts.{name}.source" for name in reward.parts if name not in shipped]
 
 
-SMALLER = {  # what two steps and groups of two are too few for
-    "flow_grpo_fast": {"rollout.steps": 6},
-    "flow_dppo": {"rollout.steps": 6},
-    "mix_grpo": {"rollout.steps": 6},
-    "tempflow_grpo": {"collector.branches": 2},
-    "branch_grpo": {"collector.splits": "[0]", "collector.children": 2},
-}
-
-
-@each_recipe
-def test_it_takes_a_round(name, tiny_flow, tmp_path):
-    """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files and of
-    rewards that have to be downloaded."""
-    line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
-    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
-    config = online.load(name)
-    small = {
-        "model": tiny_flow,
-        "prompts": tmp_path / "prompts.jsonl",
-        "output_dir": tmp_path / "run",
+def smaller(config) -> dict[str, object]:
+    """What makes a round of it small, whatever it is of."""
+    common = {
         "rounds": 1,
         "prompts_per_round": 2,
-        "num_generations": 2,
-        "updates_per_round": 1,
         "batch_size": 2,
         "mixed_precision": '"no"',
         "weight_dtype": "float32",
@@ -122,13 +113,39 @@ def test_it_takes_a_round(name, tiny_flow, tmp_path):
         "evaluation.images_per_prompt": 1,
         "report_to": "[]",
     }
-    small |= dict.fromkeys(to_be_downloaded(config.reward), "burnish.worlds.shapes:reward")
-    small |= SMALLER.get(config.algorithm, {})
+    own = {"num_generations": 2, "updates_per_round": 1} if isinstance(config, online.OnlineConfig) else {}
+    return common | own | SMALLER.get(config.algorithm, {})
+
+
+SMALLER = {  # what two steps and groups of two are too few for
+    "flow_grpo_fast": {"rollout.steps": 6},
+    "flow_dppo": {"rollout.steps": 6},
+    "mix_grpo": {"rollout.steps": 6},
+    "tempflow_grpo": {"collector.branches": 2},
+    "branch_grpo": {"collector.splits": "[0]", "collector.children": 2},
+    "adjoint_matching": {"rollout.steps": 6},
+    "refl": {"rollout.steps": 8},
+}
+
+
+@each_recipe
+def test_it_takes_a_round(name, tiny_flow, tmp_path):
+    """In small: an untrained model, a handful of pictures, fp32, and something in the place of the user's files and of
+    rewards that have to be downloaded."""
+    line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+    config = trainers.load(name)
+    small = {"model": tiny_flow, "prompts": tmp_path / "prompts.jsonl", "output_dir": tmp_path / "run"}
+    (tmp_path / "bright.py").write_text("def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    stands_in = f"{tmp_path / 'bright.py'}:bright" if name in BACKPROP else "burnish.worlds.shapes:reward"
+    small |= dict.fromkeys(to_be_downloaded(config.reward), stands_in)
+    small |= smaller(config)
     small |= {"evaluation.prompts": tmp_path / "prompts.jsonl"} if config.evaluation.prompts else {}
-    run = online.train(online.load(name, [f"{key}={value}" for key, value in small.items()]))
+    run = trainers.train(name, [f"{key}={value}" for key, value in small.items()])
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
-    assert rows[1]["ratio/first_deviation"] == 0 or config.algorithm == "dpok"  # whose buffer mixes its batches
+    fresh = name in ONLINE and config.algorithm != "dpok"  # whose buffer mixes its batches
+    assert not fresh or rows[1]["ratio/first_deviation"] == 0
     assert rows[1]["skipped_updates"] == 0
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -174,7 +191,7 @@ def test_a_clip_in_shapes_means_what_it_means_on_sd35():
 
 def test_recipes_name_no_absolute_path():
     for name in RECIPES:
-        config = online.load(name)
+        config = trainers.load(name)
         for value in (
             config.model,
             config.prompts,

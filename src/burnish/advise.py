@@ -57,9 +57,15 @@ def advise(situation: Situation) -> list[Advice]:
 
 def _ranked(situation: Situation) -> Iterator[tuple[str, str]]:
     if situation.signal == "differentiable":
-        yield "DRaFT-1", "gradients of the reward itself: the most signal a picture, and memory for one network call"
-        yield "ReFL", "one step and a hinge: gains less, and over-optimises less"
-        yield "AlignProp", "gradients through more of the chain: layout can change, over-optimisation comes sooner"
+        yield "draft_k", "gradients of the reward itself: the most signal a picture, for one network call more"
+        yield "draft_lv", "the same from several noises: steadier, where the reward is cheap beside the network"
+        yield "refl", "one step and a hinge: gains less, and over-optimises less"
+        yield "srpo", "one step at any noise level, and words that keep a reward from being gamed"
+        yield (
+            "adjoint_matching",
+            "tilts the base by the reward instead of maximising it: diversity stays, at more calls",
+        )
+        yield "alignprop", "gradients through more of the chain: layout can change, over-optimisation comes sooner"
     if situation.signal == "pairs":
         if situation.tight or situation.style_shift:
             yield "MaPO", "pairs without a reference model: less memory, and free to leave the base's style"

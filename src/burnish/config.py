@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -192,7 +192,7 @@ def load_config(
     for name, function in sections.items():
         filled[name], wrong = _section(function, name, values.pop(name, {}))
         problems += wrong
-    text = to_json(values | filled, inf_nan_mode="constants")
+    text = to_json(_over_defaults(schema, values) | filled, inf_nan_mode="constants")
     config: Any = None
     try:
         config = TypeAdapter(schema).validate_json(text, strict=True, extra="forbid")
@@ -201,6 +201,19 @@ def load_config(
     if problems:
         raise UserError(_one_line(problems, _label(path), overrides, list(_known_paths(schema, sections))))
     return replace(config, **filled)  # once more, because JSON has made lists of a section's tuples
+
+
+def _over_defaults(schema: Any, values: Values) -> Values:
+    """`values`, where a section that is given in part has the rest from the schema's own default of it, and not from
+    the section's class, whose defaults may be another schema's."""
+    merged = dict(values)
+    for one in fields(schema):
+        given = values.get(one.name)
+        if one.default_factory is not MISSING and isinstance(given, dict):
+            default = one.default_factory()
+            if is_dataclass(default):
+                merged[one.name] = from_json(to_json(default, inf_nan_mode="constants")) | given
+    return merged
 
 
 def check_settings(function: Callable[..., Any], settings: Values, where: str) -> Values:

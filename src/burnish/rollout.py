@@ -150,7 +150,7 @@ def sample(
     solver = (process.deterministic if noisy else sampler) if solver is None else solver
     plan = independent(seeds, policy.grid(steps, height, width), noise=noisy) if plan is None else plan
     walk = _Walk(policy, plan, policy.encode(prompts, negative), guidance, batch_size or len(prompts))
-    noise = _Noise(plan, policy.latent_shape(height, width), policy.device)
+    noise = Noise(plan, policy.latent_shape(height, width), policy.device)
     kept = _Kept(len(prompts), plan.length) if keep == "trajectory" else None
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     nodes = _Nodes(torch.tensor([numbers[prompt] for prompt in prompts]), plan.streams[:, 0])
@@ -225,8 +225,8 @@ class _Walk:
         return torch.cat(called)[: len(x)]
 
 
-class _Noise:
-    """The noise that a plan's streams give, drawn on the CPU as pipelines do."""
+class Noise:
+    """The noise that a plan's streams give, drawn on the CPU as pipelines do: of latents of `shape`."""
 
     def __init__(self, plan: Plan, shape: tuple[int, ...], device: torch.device) -> None:
         self.plan, self.device, steps = plan, device, plan.grid.steps if plan.length else 0
@@ -270,7 +270,7 @@ class _Kept:
                 "means": step.mean.new_empty(latent),
                 "log_probs": step.mean.new_empty(latent[:2]),
             } | ({"kl": step.mean.new_empty(latent[:2])} if base else {})
-        self.tensors["trajectory"][rows, slots] = start[noisy]
+        self.tensors["trajectory"][rows, slots] = start[noisy].to(value.dtype)
         self.tensors["trajectory"][rows, slots + 1] = value[noisy]
         self.tensors["means"][rows, slots] = step.mean[noisy]
         self.tensors["log_probs"][rows, slots] = step.log_prob(value)[noisy]

@@ -74,7 +74,7 @@ def test_row_holds_each_kind_with_its_bounds():
     assert row["eval/accuracy"] == 0.75
     assert row["eval/accuracy/a"] == 0.5
     assert row["eval/accuracy_low/a"] < 0.5 < row["eval/accuracy_high/a"]
-    assert len(row) == 9
+    assert len(row) == 9 + 1  # and the diversity
     assert all(isinstance(value, float) for value in row.values())
 
 

@@ -103,7 +103,7 @@ def test_every_row_trains_and_its_first_ratio_is_exactly_one(config, algorithm):
     assert [row["step"] for row in told] == [0, 1, 2]
     for row in told[1:]:
         assert row.keys() >= EVERY_ROUND - {"kl", "policy_loss"}
-        assert row["ratio/first_deviation"] == 0 or not table.ALGORITHMS[algorithm].replay.func.fresh
+        assert row["ratio/first_deviation"] == 0 or not table.ALGORITHMS[algorithm].parts["replay"].func.fresh
         assert row["grad_norm"] > 0
         assert row["network_calls"] > 0
     saved = load_file(run / "adapter" / "pytorch_lora_weights.safetensors")

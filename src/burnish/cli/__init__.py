@@ -83,7 +83,10 @@ def algorithms() -> None:
     """List the algorithms: what each needs, and its paper."""
     from burnish.algorithms import ALGORITHMS
 
-    rows = [(name, row.title, row.family, row.needs, row.paper, row.result) for name, row in ALGORITHMS.items()]
+    rows = [
+        (name, row.title, row.family, f"{row.kinds}; {row.needs}", row.paper, row.result)
+        for name, row in ALGORITHMS.items()
+    ]
     print_table(("algorithm", "method", "family", "needs", "paper", "what the paper reports"), rows)
 
 
@@ -157,12 +160,11 @@ def recipes_copy(
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, output: Output = None) -> None:
     """Train by a recipe; `key=value` settings change it."""
+    from burnish import trainers
     from burnish.config import override
-    from burnish.trainers import online
 
     directory = [] if output is None else [override("output_dir", output)]
-    config = online.load(recipe, [*(overrides or ()), *directory])
-    online.train(config)
+    trainers.train(recipe, [*(overrides or ()), *directory])
 
 
 @app.command()
@@ -178,7 +180,15 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT")],
     model: Annotated[str, typer.Option(help="A run, a hub id, a directory, or package:module/path.")],
     output: Annotated[Path, typer.Option(help="The picture to write.")],
-    adapter: Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[=WEIGHT]", help="A directory with pytorch_lora_weights.safetensors; several are added up."
+        ),
+    ] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="What adapters add is multiplied by it; 0 is the base.")
+    ] = None,
     seed: Seed = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -187,8 +197,26 @@ def sample(
     """Draw pictures, a row for each prompt, in one PNG."""
     from burnish import pipeline
 
-    settings = given(adapter=adapter, seed=seed, steps=steps, guidance=guidance, images_per_prompt=images_per_prompt)
+    settings = given(
+        adapter=dict(map(_weighted, adapter)) if adapter else None,
+        lora_scale=lora_scale,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        images_per_prompt=images_per_prompt,
+    )
     print(pipeline.sample_images(model, prompts, output=output, **settings))
+
+
+def _weighted(adapter: str) -> tuple[Path, float]:
+    """PATH or PATH=WEIGHT."""
+    path, _, weight = adapter.rpartition("=")
+    if not path:
+        return Path(adapter), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError as error:
+        raise UserError(f"--adapter {adapter}: {weight!r} is no weight: write PATH or PATH=0.5") from error
 
 
 @app.command()

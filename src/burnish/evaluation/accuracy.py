@@ -1,14 +1,17 @@
-"""How many pictures show their prompt: sampled, detected, judged by GenEval's rules, reported by kind."""
+"""What held-out pictures are worth: judged by GenEval's rules and by a reward, reported by kind."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from burnish.errors import UserError
+from burnish.evaluation.diversity import group_distance, thumbnails
 from burnish.policies import Policy
+from burnish.rewards import Judge
 from burnish.rewards.rules.geneval_rules import Verdict, geneval_verdict
 from burnish.rollout import sample
 
@@ -27,13 +30,15 @@ class Accuracy(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """`images` [batch, 3, height, width] and a verdict for each, prompt by prompt, seeds innermost."""
+    """`images` [batch, 3, height, width] and a verdict for each, prompt by prompt, seeds innermost; no verdicts without
+    a detector, no `rewards` [batch] without a reward."""
 
     prompts: tuple[str, ...]
     kinds: tuple[str, ...]
     seeds: tuple[int, ...]
     images: Tensor
     verdicts: tuple[Verdict, ...]
+    rewards: Tensor | None = None
 
     def by_kind(self) -> dict[str, Accuracy]:
         """Accuracy of each kind, in the order in which the kinds appear."""
@@ -54,9 +59,19 @@ class Evaluation:
         return max(0.0, self.overall() - 1.96 * variance**0.5), min(1.0, self.overall() + 1.96 * variance**0.5)
 
     def row(self) -> dict[str, float]:
-        """The evaluation as metrics: `eval/accuracy`, its bounds, and `eval/accuracy/<kind>` with theirs."""
+        """The evaluation as metrics: `eval/accuracy`, its bounds, and `eval/accuracy/<kind>` with theirs; the mean
+        `eval/reward`; and where a prompt has several pictures `eval/diversity`, their `group_distance`."""
+        row: dict[str, float] = {}
+        if self.rewards is not None:
+            row["eval/reward"] = self.rewards.nanmean().item()
+        if len(set(self.prompts)) < len(self.prompts):
+            numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self.prompts))}
+            groups = torch.tensor([numbers[prompt] for prompt in self.prompts])
+            row["eval/diversity"] = group_distance(thumbnails(self.images), groups).item()
+        if not self.verdicts:
+            return row
         low, high = self.interval()
-        row = {"eval/accuracy": self.overall(), "eval/accuracy_low": low, "eval/accuracy_high": high}
+        row |= {"eval/accuracy": self.overall(), "eval/accuracy_low": low, "eval/accuracy_high": high}
         for kind, accuracy in self.by_kind().items():
             row |= {f"eval/accuracy/{kind}": accuracy.mean}
             row |= {f"eval/accuracy_low/{kind}": accuracy.low, f"eval/accuracy_high/{kind}": accuracy.high}
@@ -85,8 +100,9 @@ def check_judgeable(prompts: Sequence[Mapping[str, Any]]) -> None:
 def evaluate(
     policy: Policy,
     prompts: Sequence[Mapping[str, Any]],
-    detector: Detector,
+    detector: Detector | None,
     *,
+    reward: Judge | None = None,
     images_per_prompt: int = 4,  # GenEval's
     steps: int = 40,  # Flow-GRPO's evaluation
     guidance: float = 1.0,
@@ -95,17 +111,28 @@ def evaluate(
 ) -> Evaluation:
     """Sample `images_per_prompt` pictures of each prompt without noise in the steps, and judge them.
 
-    `prompts`: GenEval metadata (`prompt`, `tag`, `include`, ...). The seed of picture n is `seed + n`, the same for
-    every policy, so that two evaluations can be compared picture by picture. Raises UserError for a prompt without
-    `include`, which cannot be judged.
+    `prompts`: GenEval metadata (`prompt`, `tag`, `include`, ...), or without a detector any. The seed of picture n is
+    `seed + n`, the same for every policy, so that two evaluations can be compared picture by picture. Raises UserError
+    for a prompt without `include`, which a detector's finds cannot be judged by.
     """
-    check_judgeable(prompts)
+    if detector:
+        check_judgeable(prompts)
     asked = [metadata for metadata in prompts for _ in range(images_per_prompt)]
     seeds = [seed + number for number in range(len(asked))]
     texts = [metadata["prompt"] for metadata in asked]
     rollout = sample(policy, texts, steps=steps, guidance=guidance, seeds=seeds, batch_size=batch_size)
     images = policy.decode(rollout.latents)
-    found = detector(images)
-    verdicts = [geneval_verdict(detections, metadata) for detections, metadata in zip(found, asked, strict=True)]
+    found = detector(images) if detector else []
+    verdicts = [geneval_verdict(detections, metadata) for detections, metadata in zip(found, asked, strict=bool(found))]
+    rewards = None if reward is None else _rewarded(reward, images, texts, asked)
     kinds = [str(metadata.get("tag", "all")) for metadata in asked]
-    return Evaluation(tuple(texts), tuple(kinds), tuple(seeds), images.cpu(), tuple(verdicts))
+    return Evaluation(tuple(texts), tuple(kinds), tuple(seeds), images.cpu(), tuple(verdicts), rewards)
+
+
+@torch.no_grad()
+def _rewarded(reward: Judge, images: Tensor, texts: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Rewards [batch], which leave the judge as it was: a running mean is of what is trained on."""
+    before = reward.state_dict()
+    rewards = reward.settle(reward.judge(images, texts, lines), texts)
+    reward.load_state_dict(before)
+    return rewards.cpu()

@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 
+from burnish import trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.checkpoint import atomic_write, read_jsonl
 from burnish.config import list_recipes, override
 from burnish.errors import UserError
 from burnish.pipeline.measure import print_table
 from burnish.pipeline.target import ADAPTER_FILE
-from burnish.trainers import online
 
 COLUMNS = ("method", "model", "seeds", "before", "after", "gain (95%)", "minutes", "calls", "calls to {target}")
 
@@ -80,9 +80,9 @@ def benchmark(
                     continue
                 console.print(f"\n[bold]{name}, seed {seed}[/bold]")
                 if (run / "config.yaml").is_file():
-                    online.resume(run)
+                    trainers.resume(run)
                 else:
-                    online.train(online.load(name, [f"seed={seed}", override("output_dir", run)]))
+                    trainers.train(name, [f"seed={seed}", override("output_dir", run)])
             outcomes.append(outcome(run, name))
             write(outcomes, output)
     if not outcomes:
@@ -94,7 +94,7 @@ def benchmark(
 
 def outcome(run: Path, recipe: str) -> Outcome:
     """What a finished run's metrics say; UserError if it has no evaluation to go by."""
-    config, rows = online.load(run / "config.yaml"), read_jsonl(run / "metrics.jsonl")
+    config, rows = trainers.load(run / "config.yaml"), read_jsonl(run / "metrics.jsonl")
     calls, curve, error = 0.0, [], 0.0
     for row in rows:
         calls += row.get("network_calls", 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from burnish import trainers
 from burnish.data import load_prompts, save_feedback
 from burnish.errors import UserError
 from burnish.evaluation import Evaluation
@@ -13,7 +14,6 @@ from burnish.pictures import to_png
 from burnish.pipeline.measure import evaluation_settings
 from burnish.pipeline.target import open_target
 from burnish.rewards import load_callable, load_judge
-from burnish.trainers import online
 from burnish.trainers.look import evaluate_with
 
 
@@ -48,7 +48,7 @@ def harvest(
     assert settings.prompts is not None
     assert settings.detector is not None
     asked, detect = load_prompts(settings.prompts), load_callable(settings.detector, "detector")
-    config = online.load(run / "config.yaml")
+    config = trainers.load(run / "config.yaml")
     judge = load_judge(config.reward)
     after, base = (evaluate_with(settings, open_target(one), asked, detect) for one in (str(run), config.model))
     metadata = [line for line in asked for _ in range(images_per_prompt)]

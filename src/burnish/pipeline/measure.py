@@ -1,7 +1,7 @@
 """Pictures of a model, and how many of them show their prompt."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ def sample_images(
     prompts: Sequence[str],
     *,
     output: Path,
-    adapter: Path | None = None,
+    adapter: Path | Mapping[Path, float] | None = None,
+    lora_scale: float = 1.0,
     seed: int = 0,
     steps: int = 28,  # the default of stock Stable Diffusion 3 pipelines
     guidance: float = 1.0,
@@ -35,14 +36,14 @@ def sample_images(
 ) -> Path:
     """Draw `images_per_prompt` pictures of each prompt, a row for each, into the PNG `output`; return its path.
 
-    `model`: as `open_target` takes it. The pictures of a prompt have the seeds `seed`, `seed + 1`, ...; those of every
-    prompt have the same.
+    `model`, `adapter` and `lora_scale`: as `open_target` takes them. The pictures of a prompt have the seeds `seed`,
+    `seed + 1`, ...; those of every prompt have the same.
     """
     if output.suffix.lower() != ".png":
         raise UserError(f"output {output}: pictures are written as PNG: end its name in .png")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty: say what to draw")
-    policy = open_target(model, adapter)
+    policy = open_target(model, adapter, lora_scale=lora_scale)
     rollout = sample(
         policy,
         [prompt for prompt in prompts for _ in range(images_per_prompt)],

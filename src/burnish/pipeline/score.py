@@ -5,7 +5,6 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,16 @@ from rich.progress import track
 from torch import Tensor
 
 from burnish.checkpoint import atomic_write
-from burnish.data import decode
+from burnish.data import Picture, decode, load_pictures
 from burnish.errors import UserError
 from burnish.pictures import to_pil
 from burnish.pipeline.measure import print_table
 from burnish.report import render
-from burnish.rewards import Ensemble, PartConfig, RewardConfig, load_judge
+from burnish.rewards import Ensemble, PartConfig, RewardConfig, joined, load_judge
 from burnish.rewards.calibration import rank_correlation
-from burnish.rewards.models.network import joined
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 THUMBNAIL = 160  # pixels of the longer side, on the page
 MOST = 1000  # pictures on the page: the best and the worst by the total, where there are more
-
-
-@dataclass(frozen=True)
-class Picture:
-    """`name`: path below the folder, or row of the file. `stored`: the file's path, or its bytes."""
-
-    name: str
-    prompt: str
-    metadata: Mapping[str, Any]
-    stored: Path | bytes
 
 
 def score_pictures(
@@ -64,7 +51,7 @@ def score_pictures(
     left out. Raises UserError where there is nothing to judge, or to judge by.
     """
     judge = _judge(rewards, config, batch_size, device, cache)
-    found = list(_parquet(Path(pictures), prompt) if Path(pictures).is_file() else _folder(Path(pictures), prompt))
+    found = load_pictures(pictures, prompt)
     console, unread, thumbs, known, told = Console(highlight=False), [], [], [], []
     for batch in _batches(track(found, description="pictures", console=console, transient=True), batch_size, unread):
         pixels = torch.stack([one for _, one in batch])
@@ -136,48 +123,6 @@ def _judge(
     judge = load_judge(chosen, cache)
     assert isinstance(judge, Ensemble)
     return judge
-
-
-def _folder(folder: Path, prompt: str | None) -> Iterator[Picture]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is neither a folder nor a file: give pictures, or a parquet file")
-    lines: dict[str, dict[str, Any]] = {}
-    if (told := folder / "metadata.jsonl").is_file():
-        for number, line in enumerate(told.read_text("utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                lines[row["file_name"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{told}, line {number}: is no object with file_name and prompt") from error
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
-        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
-        row = lines.get(name, {})
-        own = row.get("prompt", row.get("text"))
-        if own is None and beside.is_file():
-            own = beside.read_text("utf-8").strip()
-        yield Picture(name, _prompt(own, prompt, name), row, path)
-
-
-def _parquet(path: Path, prompt: str | None) -> Iterator[Picture]:
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: is no parquet file: give one, or a folder of pictures") from error
-    for number, row in enumerate(rows, 1):
-        stored = row.get("image")
-        stored = stored.get("bytes") if isinstance(stored, Mapping) else stored
-        if not isinstance(stored, bytes):
-            raise UserError(f"{path}: needs a column `image` with the bytes of pictures; it has {', '.join(row)}")
-        name = f"row {number}"
-        plain = {key: value for key, value in row.items() if key != "image"}
-        yield Picture(name, _prompt(row.get("prompt", row.get("caption")), prompt, name), plain, stored)
-
-
-def _prompt(own: Any, given: str | None, name: str) -> str:
-    told = own if own is not None else given
-    if not isinstance(told, str) or not told.strip():
-        raise UserError(f"{name}: has no prompt: write it to metadata.jsonl or a .txt beside it, or give --prompt")
-    return told
 
 
 def _thumbnail(pixels: Tensor) -> str:

@@ -1,5 +1,6 @@
 """From a model or a run to a policy: adapters are loaded by stock diffusers, as anybody would."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,40 +9,53 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from burnish import trainers
 from burnish.errors import UserError
 from burnish.policies import Policy, load_policy
 from burnish.policies.load import load_pipeline, quietly
-from burnish.trainers import online
+from burnish.trainers.settings import RunConfig
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
-def open_target(target: str | Path, adapter: Path | None = None) -> Policy:
-    """The policy of a run's directory (its base model under its adapter) or of a model, both with `adapter` if given.
+def open_target(
+    target: str | Path, adapters: Path | Mapping[Path, float] | None = None, *, lora_scale: float = 1.0
+) -> Policy:
+    """The policy of a run's directory (its base model under its adapter) or of a model, both with `adapters` if given.
 
-    A model is a hub id, a folder or package:module/folder. Raises UserError for a run without an adapter, and for an
-    adapter that is missing, damaged or made for another model.
+    A model is a hub id, a folder or package:module/folder. `adapters`: one, or several and the weight of each in their
+    sum (a soup of LoRAs); `lora_scale` scales them all: between 0, the base, and 1 lie the models of a training that
+    was stopped sooner, so to speak, and above 1 those of one that went on. Raises UserError for a run without an
+    adapter, and for an adapter that is missing, damaged or made for another model.
     """
     config = run_config(target)
     model, dtype = str(target), torch.float32
     if config is not None:
         model, dtype = config.model, getattr(torch, config.weight_dtype)
-        adapter = adapter or Path(target) / "adapter"
-        if not (adapter / ADAPTER_FILE).is_file():
-            raise UserError(f"{target} has no {adapter.name}/{ADAPTER_FILE}: finish it with `burnish resume {target}`")
+        own = Path(target) / "adapter"
+        if adapters is None and not (own / ADAPTER_FILE).is_file():
+            raise UserError(f"{target} has no adapter/{ADAPTER_FILE}: finish it with `burnish resume {target}`")
+        adapters = adapters or own
     pipeline: Any = load_pipeline(model, dtype)
-    if adapter is not None:
-        _load_adapter(pipeline, adapter, model)
+    if adapters is not None:
+        weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
+        for number, adapter in enumerate(weights):
+            _load_adapter(pipeline, adapter, model, f"lora-{number}")
+        scales = [weight * lora_scale for weight in weights.values()]
+        if scales != [1.0]:
+            pipeline.set_adapters([f"lora-{number}" for number in range(len(weights))], scales)
+    elif lora_scale != 1:
+        raise UserError(f"lora_scale={lora_scale}: {target} has no adapter to scale: give one")
     return load_policy(pipeline, device=str(PartialState().device))
 
 
-def run_config(target: str | Path) -> online.OnlineConfig | None:
+def run_config(target: str | Path) -> RunConfig | None:
     """The settings of the run in `target`; None where that is no run's directory."""
     file = Path(target) / "config.yaml"
-    return online.load(file) if file.is_file() else None
+    return trainers.load(file) if file.is_file() else None
 
 
-def _load_adapter(pipeline: Any, adapter: Path, model: str) -> None:
+def _load_adapter(pipeline: Any, adapter: Path, model: str, name: str) -> None:
     path = adapter / ADAPTER_FILE if adapter.is_dir() else adapter
     if not path.is_file():
         raise UserError(f"adapter {adapter}: there is no {ADAPTER_FILE}: give the directory that training wrote it to")
@@ -49,13 +63,17 @@ def _load_adapter(pipeline: Any, adapter: Path, model: str) -> None:
         with safe_open(path, framework="pt") as file:
             stored = len(list(file.keys()))
         with quietly():
-            pipeline.load_lora_weights(path.parent, weight_name=path.name)
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     except SafetensorError as error:
         raise UserError(f"adapter {path}: is no whole safetensors file ({error}): copy it again") from error
     except (RuntimeError, ValueError, KeyError) as error:  # shapes that differ, modules that are not there
         raise UserError(f"adapter {path}: does not fit {model}: use it with the model it was trained on") from error
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    loaded = sum("lora_" in name for network in networks for name, _ in network.named_parameters())
+    loaded = sum(
+        "lora_" in parameter and f".{name}." in parameter
+        for network in networks
+        for parameter, _ in network.named_parameters()
+    )
     if loaded != stored:  # the loader skips what it does not know and says nothing
         raise UserError(
             f"adapter {path}: {loaded} of its {stored} tensors have a place in {model}: "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from burnish.errors import UserError
+from burnish.pixels import clamped
 from burnish.policies.conditioning import Conditioning, PromptCache
 from burnish.processes import Grid, RectifiedFlow, VariancePreserving
 
@@ -53,6 +54,7 @@ class Policy(ABC):
         self.decode_batch_size = 32
         self.calls = 0  # of the network so far, counted in pictures: a guided prediction of 8 pictures is 16
         self.lora: LoraConfig | None = None
+        self.lora_scale = 1.0
         self.offloaded = False
         self._prompts = PromptCache(self._encode_awake)
         self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
@@ -74,6 +76,11 @@ class Policy(ABC):
     @abstractmethod
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Shape of one latent for a picture of height x width pixels, or of the pipeline's default size."""
+
+    def pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of a picture, of the pipeline's default size unless given."""
+        _, high, wide = self.latent_shape(height, width)
+        return high * self.pipeline.vae_scale_factor, wide * self.pipeline.vae_scale_factor
 
     def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         """The times of a chain of `steps` steps, the pipeline's own for a picture of this size."""
@@ -164,12 +171,13 @@ class Policy(ABC):
             return self._encode_prompts(prompts)
 
     def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 height width"]:
-        """Pictures in [0, 1], fp32, decoded in slices of `decode_batch_size`."""
+        """Pictures in [0, 1], in at least fp32, decoded in slices of `decode_batch_size`; gradients as in `clamped`."""
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         with self._awake(vae):
             slices = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(self.decode_batch_size)]
-        return (torch.cat(slices).float() / 2 + 0.5).clamp(0, 1)
+        decoded = torch.cat(slices)
+        return clamped(decoded.to(torch.promote_types(decoded.dtype, torch.float32)) / 2 + 0.5)
 
     def encode_images(
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator | None = None
@@ -182,13 +190,14 @@ class Policy(ABC):
         return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept."""
+    def reference(self, *, gradient: bool = False) -> Iterator[None]:
+        """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept, unless one with
+        respect to the latents is asked for."""
         if self.lora is None:
             raise ValueError("this policy has no adapter to switch off: load it with lora=LoraConfig(...)")
         self._switch_adapter(on=False)
         try:
-            with torch.no_grad():
+            with nullcontext() if gradient else torch.no_grad():
                 yield
         finally:
             self._switch_adapter(on=True)
@@ -249,7 +258,7 @@ class Policy(ABC):
             )
         )
         for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         self.lora = config
         if config.merged:
             adapter = self.trainable()
@@ -260,6 +269,16 @@ class Policy(ABC):
             self._merged = {f"{name}.base_layer.weight": layer for name, layer in layers}
             self._merging = True
 
+    def scale_lora(self, scale: float) -> None:
+        """Multiply what the adapter adds by `scale`, here and in what is saved: 0 is the base, 1 the adapter as it is
+        trained."""
+        if self.lora is None:
+            raise ValueError("this policy has no adapter to scale: load it with lora=LoraConfig(...)")
+        for module in self.module.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling["default"] = self.lora.alpha / self.lora.rank * scale
+        self.lora_scale = scale
+
     def save(self, directory: str | Path) -> Path:
         """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads.
 
@@ -269,7 +288,7 @@ class Policy(ABC):
         if self.lora is None:
             raise ValueError("this policy has no adapter to save: load it with lora=LoraConfig(...)")
         state = peft.get_peft_model_state_dict(self.module)  # pyright: ignore[reportArgumentType]
-        scale = self.lora.alpha / self.lora.rank
+        scale = self.lora.alpha / self.lora.rank * self.lora_scale
         state = {name: (t * scale if "lora_B" in name else t).detach().cpu().contiguous() for name, t in state.items()}
         metadata = self.module.peft_config["default"].to_dict() | {"lora_alpha": self.lora.rank}  # pyright: ignore
         metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}

@@ -33,6 +33,7 @@ class RectifiedFlow:
     name: ClassVar[str] = "rectified_flow"
     default_sampler: ClassVar[Sampler] = FlowSDE(0.7)
     deterministic: ClassVar[Sampler] = ODE()
+    memoryless: ClassVar[Sampler] = FlowSDE(2**0.5)  # the end of its chain says nothing of its beginning
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "RectifiedFlow":
@@ -96,6 +97,11 @@ class RectifiedFlow:
     def predict_x0(self, x: Latent, v: Latent, s: Time) -> Latent:
         """x - s v."""
         return combine(x, 1.0, v, -on_host(s))
+
+    def recover_x0(self, x: Latent, noise: Latent, s: Time) -> Latent:
+        """(x - s noise) / (1 - s): x0 where the noise in x is known; s < 1."""
+        level = on_host(s)
+        return combine(x, 1 / (1 - level), noise, -level / (1 - level))
 
     def predict_noise(self, x: Latent, v: Latent, s: Time) -> Latent:
         """x + (1 - s) v."""

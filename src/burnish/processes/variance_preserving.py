@@ -44,6 +44,7 @@ class VariancePreserving:
     name: ClassVar[str] = "variance_preserving"
     default_sampler: ClassVar[float] = 1.0  # eta; ddpo-pytorch config/base.py
     deterministic: ClassVar[float] = 0.0
+    memoryless: ClassVar[float] = 1.0  # eta at which the end of a chain says nothing of its beginning
 
     def __post_init__(self) -> None:
         if self.prediction not in get_args(Prediction):
@@ -118,6 +119,11 @@ class VariancePreserving:
     def predict_x0(self, x: Latent, prediction: Latent, t: Time) -> Latent:
         of_x, of_prediction = self._x0(self._ab(t))
         return combine(x, of_x, prediction, of_prediction)
+
+    def recover_x0(self, x: Latent, noise: Latent, t: Time) -> Latent:
+        """(x - sqrt(1 - ab) noise) / sqrt(ab): x0 where the noise in x is known; ab > 0."""
+        ab = self._ab(t)
+        return combine(x, 1 / np.sqrt(ab), noise, -np.sqrt((1 - ab) / ab))
 
     def predict_noise(self, x: Latent, prediction: Latent, t: Time) -> Latent:
         of_x, of_prediction = self._noise(self._ab(t))

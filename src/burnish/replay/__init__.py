@@ -7,7 +7,7 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 from burnish.replay.buffer import Buffer
 from burnish.replay.experience import Experience
 from burnish.replay.forward import ForwardProcess, Noised
-from burnish.replay.protocol import InTurn, Loss, Objective, Replay
+from burnish.replay.protocol import InTurn, Loss, Objective, Replay, handed
 from burnish.replay.transitions import StoredTransitions, Transition, penalty
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "Replay",
     "StoredTransitions",
     "Transition",
+    "handed",
     "penalty",
 ]

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Quantities(ABC):
         return torch.tensor([prompts.index(prompt) for prompt in prompts], device=self.rewards.device)
 
 
-def handed(objective: Objective, quantities: Quantities) -> Loss:
+def handed(objective: Objective, quantities: Any) -> Loss:
     """The objective on the quantities that its arguments name. Those that pull to the reference are None where its
     `kl_weight` is 0, as given in a partial or by default."""
     parameters = inspect.signature(objective).parameters

@@ -14,8 +14,9 @@ from burnish.rewards import reward_title
 
 # title -> the metrics in it, by the name they get in the legend; a plot without data is left out
 PLOTS: dict[str, dict[str, str]] = {
-    "Reward": {"mean": "reward"},
+    "Reward": {"mean": "reward", "held-out pictures": "eval/reward"},
     "Spread of the reward": {"standard deviation": "reward_std"},
+    "Diversity of held-out pictures": {"distance": "eval/diversity"},
     "Diversity inside a group (pixels)": {"distance": "diversity/pixels"},
     "Diversity inside a group (latents)": {"distance": "diversity/latents"},
     "KL to the base": {"kl": "kl"},
@@ -29,10 +30,12 @@ PLOTS: dict[str, dict[str, str]] = {
     },
     "Gradient norm before clipping": {"norm": "grad_norm"},
     "Groups without spread": {"fraction": "frac_reward_zero_std"},
+    "Share above the margin": {"fraction": "above_margin"},
+    "Adjoint matching": {"control": "control", "target": "target"},
     "Loss": {"loss": "loss"},
     "Learning rate": {"rate": "learning_rate"},
 }
-FRACTIONS = {"clip_ratio/region_mean", "frac_reward_zero_std"}
+FRACTIONS = {"clip_ratio/region_mean", "frac_reward_zero_std", "above_margin"}
 STAGES = ("rollout", "reward", "update")
 
 DIVERSITY_LOSS = 0.3  # a fall of more than this fraction is worth a warning

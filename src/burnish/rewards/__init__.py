@@ -10,7 +10,7 @@ from burnish.rewards.models.image_reward import ImageRewardHead
 from burnish.rewards.models.network import NetworkReward, Placing
 from burnish.rewards.rules.jpeg import jpeg_kilobytes
 from burnish.rewards.rules.ocr import ocr_score
-from burnish.rewards.scores import Reward, Scores, score
+from burnish.rewards.scores import Reward, Scores, joined, score
 
 __all__ = [
     "REWARDS",
@@ -28,6 +28,7 @@ __all__ = [
     "Scores",
     "Single",
     "combine",
+    "joined",
     "jpeg_kilobytes",
     "load_callable",
     "load_judge",

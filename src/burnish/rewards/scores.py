@@ -42,6 +42,8 @@ def score(
     `total` is nan where it is `missing`. Gradients are kept.
     """
     name = name_of(reward)
+    if not images.is_floating_point():
+        raise UserError(f"reward {name}: images are {images.dtype}; a reward is given floats in [0, 1]: divide by 255")
     metadata = lines_of(prompts, metadata)
     try:
         scores = reward(images, prompts, metadata)
@@ -73,6 +75,16 @@ def score(
     if scores.missing is None or not scores.missing.any():
         return Scores(scores.total, scores.parts)
     return Scores(scores.total.masked_fill(scores.missing, torch.nan), scores.parts, scores.missing)
+
+
+def joined(slices: Sequence[Scores]) -> Scores:
+    """The scores of slices as those of the whole."""
+    parts = {name: torch.cat([one.parts[name].float() for one in slices]) for name in slices[0].parts}
+    nobody = [one.total.new_zeros(len(one.total), dtype=torch.bool) for one in slices]
+    missing = torch.cat(
+        [none if one.missing is None else one.missing for one, none in zip(slices, nobody, strict=True)]
+    )
+    return Scores(torch.cat([one.total.float() for one in slices]), parts, missing if missing.any() else None)
 
 
 def lines_of(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:

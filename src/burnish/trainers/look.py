@@ -1,44 +1,79 @@
-"""Looking at a run from outside: fixed pictures, and held-out accuracy."""
+"""Looking at a run from outside: fixed pictures, and held-out evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from burnish.data import PromptStream
 from burnish.evaluation import Detector, Evaluation, evaluate
+from burnish.monitors import EarlyStop
 from burnish.pictures import one_of_each_kind, save_grid
 from burnish.policies import Policy
+from burnish.rewards import Judge
 from burnish.rollout import sample
-from burnish.trainers.session import Session
+from burnish.trainers.run import Run
 from burnish.trainers.settings import EvaluationConfig
+from burnish.trainers.update import Update
 
 
-def look(session: Session) -> dict[str, float]:
-    """Fixed pictures, and held-out accuracy, of the weights that would be saved now."""
+@runtime_checkable  # for beartype, under test
+class Watched(Protocol):
+    """A session that can be looked at."""
+
+    config: Any
+    policy: Policy
+    reward: Judge
+    update: Update
+    stream: PromptStream
+    held_out: list[dict[str, Any]]
+    detector: Callable[..., Any] | None
+    run: Run
+    stopper: EarlyStop | None
+    round: int
+
+
+def look(session: Watched) -> dict[str, float]:
+    """Fixed pictures, and what held-out evaluation says, of the weights that would be saved now."""
     config, step = session.config, session.round
-    last = step == config.rounds
+    last, row = step == config.rounds, {}
     with session.policy.weights(session.update.evaluated()):
         if session.run.writes and (last or step % config.sample_every == 0):
             prompts = one_of_each_kind(session.held_out or session.stream.prompts)
             save_samples(session, prompts, session.run.directory / f"samples/step-{step:06d}.png")
-        if session.detector and (last or step % config.evaluation.every == 0):
-            return evaluation(session).row()
-    return {}
+        if session.held_out and (last or step % config.evaluation.every == 0):
+            row = evaluation(session).row()
+    if session.stopper:
+        session.stopper.saw(step, row, session.update.evaluated())
+    return row
 
 
-def evaluation(session: Session) -> Evaluation:
-    """Held-out pictures of the policy as it is, judged; needs a session with a detector."""
-    assert session.detector is not None
-    return evaluate_with(session.config.evaluation, session.policy, session.held_out, session.detector)
+def published(session: Watched) -> dict[str, Tensor]:
+    """The weights to save in the end: those of the best evaluation where a run may stop early."""
+    return (session.stopper and session.stopper.weights) or session.update.evaluated()
+
+
+def evaluation(session: Watched) -> Evaluation:
+    """Held-out pictures of the policy as it is, judged."""
+    settings = session.config.evaluation
+    reward = session.reward if settings.reward else None
+    return evaluate_with(settings, session.policy, session.held_out, session.detector, reward)
 
 
 def evaluate_with(
-    settings: EvaluationConfig, policy: Policy, prompts: Sequence[Mapping[str, Any]], detector: Detector
+    settings: EvaluationConfig,
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    detector: Detector | None,
+    reward: Judge | None = None,
 ) -> Evaluation:
     """`burnish.evaluation.evaluate` with a run's settings."""
     return evaluate(
         policy,
         prompts,
         detector,
+        reward=reward,
         images_per_prompt=settings.images_per_prompt,
         steps=settings.steps,
         guidance=settings.guidance,
@@ -47,7 +82,7 @@ def evaluate_with(
     )
 
 
-def save_samples(session: Session, prompts: Sequence[Mapping[str, Any]], path: Path, each: int = 6) -> None:
+def save_samples(session: Watched, prompts: Sequence[Mapping[str, Any]], path: Path, each: int = 6) -> None:
     """A grid: a row for each prompt, the same `each` seeds every time."""
     settings = session.config.evaluation
     texts = [prompt["prompt"] for prompt in prompts]

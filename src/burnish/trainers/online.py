@@ -8,7 +8,7 @@ uninterrupted one, bit for bit.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,17 +25,22 @@ from burnish.evaluation import group_distance, thumbnails
 from burnish.replay import Experience, penalty
 from burnish.report import describe
 from burnish.rewards import Scores
-from burnish.trainers.look import look
+from burnish.trainers.look import look, published
 from burnish.trainers.progress import Progress
 from burnish.trainers.run import stoppable
 from burnish.trainers.samples import Samples, judged, next_samples
 from burnish.trainers.session import Origin, Session, open_session
-from burnish.trainers.settings import EvaluationConfig, OnlineConfig, load
+from burnish.trainers.settings import EvaluationConfig, OnlineConfig, load_run
 from burnish.trainers.update import UpdateConfig
 
 __all__ = ["EvaluationConfig", "OnlineConfig", "UpdateConfig", "load", "resume", "train"]
 
 RATIO_TOLERANCE = 1e-6  # of the ratio to 1 on the first inner step, where it has to be exactly 1
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> OnlineConfig:
+    """A recipe and `key=value` overrides as a validated config; UserError names what is wrong."""
+    return load_run(OnlineConfig, "online", recipe, overrides)
 
 
 def resume(directory: Path) -> Path:
@@ -50,7 +55,7 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
     with stoppable() as stop, Progress(config.rounds, run, session.accelerator, session.round) as progress:
         if session.round == 0:
             progress.log(0, look(session))
-        while session.round < config.rounds:
+        while session.round < config.rounds and not (session.stopper and session.stopper.done):
             try:
                 metrics = one_round(session)
             except RewardError:
@@ -71,7 +76,7 @@ def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
                 progress.say(f"stopped after round {session.round}; go on with `burnish resume {run.directory}`")
                 raise SystemExit(asked)
         if run.writes:
-            with session.policy.weights(session.update.evaluated()):
+            with session.policy.weights(published(session)):
                 run.publish(session.policy.save(run.clear_aside()))
             row = ALGORITHMS[config.algorithm]
             describe(run.directory, title=row.title, paper=row.paper)

@@ -22,11 +22,12 @@ from burnish.credit import Rule
 from burnish.data import PromptStream, load_prompts
 from burnish.errors import UserError
 from burnish.evaluation import check_judgeable
+from burnish.monitors import EarlyStop
 from burnish.policies import Policy, load_policy
 from burnish.replay import Replay
 from burnish.rewards import Judge, load_callable, load_judge
 from burnish.trainers.run import Run
-from burnish.trainers.settings import OnlineConfig
+from burnish.trainers.settings import OnlineConfig, RunConfig
 from burnish.trainers.update import Update
 
 
@@ -65,6 +66,7 @@ class Session:
     held_out: list[dict[str, Any]]
     detector: Callable[..., Any] | None
     run: Run
+    stopper: EarlyStop | None
     round: int = 0
     origin: Origin | None = None
     ahead: Any = None
@@ -89,6 +91,7 @@ class Session:
             "rule": self.rule.state_dict(),
             "replay": {name: self.everywhere(tensor) for name, tensor in self.replay.state_dict().items()},
             "ahead": self.origin and vars(self.origin),
+            "stopper": self.stopper and self.stopper.state_dict(),
             "rng": checkpoint.rng_state(),
         }
 
@@ -101,6 +104,8 @@ class Session:
         self.rule.load_state_dict(state["rule"])
         self.replay.load_state_dict({name: self.mine(tensor) for name, tensor in state["replay"].items()})
         self.origin = Origin(**state["ahead"]) if state["ahead"] else None
+        if self.stopper:
+            self.stopper.load_state_dict(state["stopper"])
         checkpoint.restore_rng_state(state["rng"])
 
 
@@ -109,22 +114,13 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     row = ALGORITHMS[config.algorithm]
     accelerator = make_accelerator(config)
     check_sizes(config, accelerator.num_processes)
-    prompts, held_out = load_prompts(config.prompts), []
-    reward, detector = load_judge(config.reward, config.reward_cache), None
-    if config.evaluation.prompts:
-        if not config.evaluation.detector:
-            raise UserError("evaluation.prompts is set, but evaluation.detector is not: name one, as module:function")
-        held_out = load_prompts(config.evaluation.prompts)
-        check_judgeable(held_out)
-        detector = load_callable(config.evaluation.detector, "detector")
-    torch.manual_seed(config.seed)  # the adapter's first weights
-    policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
-    policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
-    if policy.process.name not in row.processes:
-        raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
-    collector, replay = row.collector(**config.collector), row.replay(**config.replay)
-    sampler, solver = (_sampler(policy, config, name) for name in (config.rollout.sampler, config.rollout.solver))
-    check_steps(policy, config, collector)
+    prompts, reward = load_prompts(config.prompts), load_judge(config.reward, config.reward_cache)
+    held_out, detector = load_held_out(config)
+    policy = load_trained(config, accelerator)
+    collector, replay = row.parts["collector"](**config.collector), row.parts["replay"](**config.replay)
+    sampler, solver = (make_sampler(policy, config, name) for name in (config.rollout.sampler, config.rollout.solver))
+    check_steps(policy, config)
+    collector.check(config.rollout.steps, config.num_generations)
     check_noise(policy, config, replay, sampler)
     rule = make_rule(config)
     session = Session(
@@ -144,14 +140,59 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         held_out=held_out,
         detector=detector,
         run=Run(config.output_dir, writes=accelerator.is_main_process),
+        stopper=EarlyStop(config.early_stop) if config.early_stop else None,
     )
+    begin(session, resuming=resuming)
+    return session
+
+
+@runtime_checkable  # for beartype, under test
+class Begun(Protocol):
+    """A session that has a run's directory and a state."""
+
+    config: Any
+    accelerator: Accelerator
+    run: Run
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+def begin(session: Begun, *, resuming: bool) -> None:
+    """Make the run's directory, or go on where it stopped; then trackers may begin."""
     if resuming:
         if state := session.run.restore():
             session.load_state(state)
     elif session.run.writes:
-        session.run.create(dump_config(config), config.seed)
-    accelerator.init_trackers("burnish")
-    return session
+        session.run.create(dump_config(session.config), session.config.seed)
+    session.accelerator.init_trackers("burnish")
+
+
+def load_held_out(config: RunConfig) -> tuple[list[dict[str, Any]], Callable[..., Any] | None]:
+    """The held-out prompts of a run's evaluation, none without any, and the detector that judges their pictures."""
+    told = config.evaluation
+    if not told.prompts:
+        return [], None
+    if not (told.detector or told.reward):
+        raise UserError(
+            "evaluation.prompts is set, but nothing says how good their pictures are: set evaluation.detector, as "
+            "module:function, or evaluation.reward=true"
+        )
+    held_out = load_prompts(told.prompts)
+    if not told.detector:
+        return held_out, None
+    check_judgeable(held_out)
+    return held_out, load_callable(told.detector, "detector")
+
+
+def load_trained(config: RunConfig, accelerator: Accelerator) -> Policy:
+    """The policy with a fresh adapter, as the algorithm's row needs it."""
+    row = ALGORITHMS[config.algorithm]
+    torch.manual_seed(config.seed)  # the adapter's first weights
+    policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
+    policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
+    if policy.process.name not in row.processes:
+        raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
+    return policy
 
 
 @runtime_checkable  # for beartype, under test
@@ -184,19 +225,19 @@ def make_accelerator(config: Launch) -> Accelerator:
     )
 
 
-def _sampler(policy: Policy, config: OnlineConfig, name: str) -> Any:
+def make_sampler(policy: Policy, config: RunConfig, name: str) -> Any:
+    """The process' sampler of this name, with the run's noise level."""
     try:
         return policy.process.sampler(name, config.rollout.noise_level)
     except ValueError as error:
         raise UserError(f"rollout: {error}") from error
 
 
-def check_steps(policy: Policy, config: OnlineConfig, collector: Collector) -> None:
-    """Whether the pipeline's scheduler has so many steps, and the collector can use them."""
+def check_steps(policy: Policy, config: RunConfig) -> None:
+    """Whether the pipeline's scheduler has so many steps."""
     steps, most = config.rollout.steps, policy.pipeline.scheduler.config.num_train_timesteps
     if steps > most:
         raise UserError(f"rollout.steps={steps}: the model's scheduler has {most} times, so take at most as many steps")
-    collector.check(steps, config.num_generations)
 
 
 def check_noise(policy: Policy, config: OnlineConfig, replay: Replay, sampler: Any) -> None:
@@ -223,7 +264,7 @@ def make_rule(config: OnlineConfig) -> Rule:
     """The rule of the algorithm's row; UserError where settings do not go with it, or with each other."""
     row = ALGORITHMS[config.algorithm]
     try:
-        rule = row.advantages(**config.advantages)
+        rule = row.parts["advantages"](**config.advantages)
     except ValueError as error:
         raise UserError(f"advantages: {error}") from error
     if config.kl_reward and not rule.by_step:

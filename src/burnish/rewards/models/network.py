@@ -9,7 +9,7 @@ from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from burnish.rewards.scores import Scores, lines_of
+from burnish.rewards.scores import Scores, joined, lines_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -51,13 +51,3 @@ class NetworkReward:
                 answer = self.network(images[here].to(device, torch.float32), prompts[here], metadata[here])
                 told.append(answer if isinstance(answer, Scores) else Scores(answer))
         return joined(told).each(lambda values: values.to(images.device))
-
-
-def joined(slices: Sequence[Scores]) -> Scores:
-    """The scores of slices as those of the whole."""
-    parts = {name: torch.cat([one.parts[name].float() for one in slices]) for name in slices[0].parts}
-    nobody = [one.total.new_zeros(len(one.total), dtype=torch.bool) for one in slices]
-    missing = torch.cat(
-        [none if one.missing is None else one.missing for one, none in zip(slices, nobody, strict=True)]
-    )
-    return Scores(torch.cat([one.total.float() for one in slices]), parts, missing if missing.any() else None)

@@ -9,9 +9,8 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from burnish.rewards.models.network import joined
 from burnish.rewards.remote.wire import Request
-from burnish.rewards.scores import Reward, Scores, score
+from burnish.rewards.scores import Reward, Scores, joined, score
 
 Waiting = tuple[Request, "Future[Scores]"]
 

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from burnish.errors import UserError, described
 from burnish.rewards.entry import Entry
-from burnish.rewards.models.network import joined
 from burnish.rewards.remote import flow_grpo, wire
 from burnish.rewards.remote.exchange import Failure, causes, post, said, ssl_context
-from burnish.rewards.scores import Scores, lines_of
+from burnish.rewards.scores import Scores, joined, lines_of
 
 LONGEST_PAUSE = 30.0  # seconds between two requests of a series, also when the server asks for more
 REST = 15.0  # seconds that a server is left alone after a series of failures

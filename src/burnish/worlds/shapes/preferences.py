@@ -24,8 +24,8 @@ from burnish.worlds.shapes.annotators import Annotator
 
 WORLD = "package:burnish.worlds.shapes"
 GUIDANCE = (1.0, 2.0, 4.0)
-STEPS = 12
-SETS = {"pairs": ("train", 8, 6), "fresh": ("held_out", 8, 6)}  # prompt file, pictures and pairs of each prompt
+STEPS = 10
+SETS = {"pairs": ("train", 24, 24), "fresh": ("held_out", 8, 6)}  # prompt file, pictures and pairs of each prompt
 
 
 @torch.no_grad()
@@ -36,7 +36,9 @@ def drawn(policy: Policy, prompts: Sequence[Mapping[str, Any]], each: int, seed:
     for turn, guidance in enumerate(GUIDANCE):
         rows = [row for row in range(len(texts)) if row % each % len(GUIDANCE) == turn]
         seeds = [seed + row for row in rows]
-        rollout = sample(policy, [texts[r] for r in rows], steps=STEPS, guidance=guidance, seeds=seeds, batch_size=128)
+        asked = [texts[row] for row in rows]
+        with torch.autocast("cpu", torch.bfloat16):  # no log-probability is asked for
+            rollout = sample(policy, asked, steps=STEPS, guidance=guidance, seeds=seeds, batch_size=128)
         images[rows] = policy.decode(rollout.latents).float()
     return images
 
@@ -46,9 +48,9 @@ def pairs(
 ) -> list[dict[str, Any]]:
     """`count` pairs of each prompt's pictures, as rows of a feedback file."""
     rows: list[dict[str, Any]] = []
-    for start in track(range(0, len(prompts), 32), description="pairs", transient=True):
-        asked = [prompt for prompt in prompts[start : start + 32] for _ in range(each)]
-        images = drawn(policy, prompts[start : start + 32], each, seed + start * each)
+    for start in track(range(0, len(prompts), 16), description="pairs", transient=True):
+        asked = [prompt for prompt in prompts[start : start + 16] for _ in range(each)]
+        images = drawn(policy, prompts[start : start + 16], each, seed + start * each)
         quality = annotator.quality(images, [one["prompt"] for one in asked], asked)
         generator = torch.Generator().manual_seed(seed + start)
         for first in range(0, len(asked), each):

@@ -1,0 +1,241 @@
+"""Post-training by the reward's own gradient: sample with a graph, score, go back through it.
+
+    prompts -> pictures with a graph -> reward -> objective -> update -> monitor -> (next round / stop)
+
+The algorithm is a row of `burnish.algorithms`; which network calls the gradient goes through is its route's business
+(`burnish.routes`). A round is one update, a function of the state that a checkpoint holds and of (seed, round).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from burnish import checkpoint
+from burnish.algorithms import ALGORITHMS
+from burnish.collectors import seed_of
+from burnish.config import override
+from burnish.data import PromptStream, load_prompts
+from burnish.errors import RewardError, UserError
+from burnish.monitors import EarlyStop
+from burnish.policies import Policy
+from burnish.replay import Loss
+from burnish.report import describe
+from burnish.rewards import Judge, joined, load_judge
+from burnish.routes import Batch, Rewarding, Route, Tape
+from burnish.trainers.look import look, published
+from burnish.trainers.pretraining import Pretraining
+from burnish.trainers.progress import Progress
+from burnish.trainers.run import Run, stoppable
+from burnish.trainers.session import begin, check_steps, load_held_out, load_trained, make_accelerator, make_sampler
+from burnish.trainers.settings import BackpropConfig, load_run
+from burnish.trainers.update import Update
+
+__all__ = ["BackpropConfig", "load", "resume", "train"]
+
+
+@dataclass(eq=False)
+class Session:
+    """What a run works with. `round`: how many are done."""
+
+    config: BackpropConfig
+    accelerator: Accelerator
+    policy: Policy
+    tape: Tape
+    sampler: Any
+    reward: Judge
+    route: Route
+    objective: Callable[..., Any]
+    update: Update
+    stream: PromptStream
+    pretraining: Pretraining | None
+    held_out: list[dict[str, Any]]
+    detector: Callable[..., Any] | None
+    run: Run
+    stopper: EarlyStop | None
+    round: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "update": self.update.state_dict(),
+            "reward": self.reward.state_dict(),
+            "route": self.route.state_dict(),
+            "stopper": self.stopper and self.stopper.state_dict(),
+            "rng": checkpoint.rng_state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.round = state["round"]
+        self.update.load_state_dict(state["update"])
+        self.reward.load_state_dict(state["reward"])
+        self.route.load_state_dict(state["route"])
+        if self.stopper:
+            self.stopper.load_state_dict(state["stopper"])
+        checkpoint.restore_rng_state(state["rng"])
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> BackpropConfig:
+    """A recipe and `key=value` overrides as a validated config; UserError names what is wrong."""
+    return load_run(BackpropConfig, "backprop", recipe, overrides)
+
+
+def resume(directory: Path) -> Path:
+    """Go on with the run in `directory` from its newest whole checkpoint."""
+    return train(load(directory / "config.yaml", [override("output_dir", str(directory))]), resuming=True)
+
+
+def train(config: BackpropConfig, *, resuming: bool = False) -> Path:
+    """Run to the end and return the run's directory; exits 130 / 143 after saving when it is interrupted."""
+    session = open_session(config, resuming=resuming)
+    run = session.run
+    with stoppable() as stop, Progress(config.rounds, run, session.accelerator, session.round) as progress:
+        if session.round == 0:
+            progress.log(0, look(session))
+        while session.round < config.rounds and not (session.stopper and session.stopper.done):
+            metrics = one_round(session)
+            session.round += 1
+            progress.log(session.round, metrics | look(session))
+            last = session.round == config.rounds
+            asked = int(session.accelerator.gather(torch.tensor([stop.requested or 0])).max())  # pyright: ignore
+            if last or asked or session.round % config.checkpoint_every == 0:
+                run.save(session.round, session.state(), config.checkpoint_keep)
+            if asked and not last:
+                progress.say(f"stopped after round {session.round}; go on with `burnish resume {run.directory}`")
+                raise SystemExit(asked)
+        if run.writes:
+            with session.policy.weights(published(session)):
+                run.publish(session.policy.save(run.clear_aside()))
+            row = ALGORITHMS[config.algorithm]
+            describe(run.directory, title=row.title, paper=row.paper)
+    return run.directory
+
+
+def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
+    """Load everything a run needs, check that it fits together, and make or reopen the run's directory."""
+    row, accelerator = ALGORITHMS[config.algorithm], make_accelerator(config)
+    if config.prompts_per_round % (config.batch_size * accelerator.num_processes):
+        raise UserError(
+            f"prompts_per_round={config.prompts_per_round} pictures do not divide into processes x batch_size = "
+            f"{accelerator.num_processes} x {config.batch_size}: change one"
+        )
+    prompts, reward = load_prompts(config.prompts), load_judge(config.reward)
+    held_out, detector = load_held_out(config)
+    route = row.parts["route"](**config.route)
+    route.check(config.rollout.steps)
+    policy = load_trained(config, accelerator)
+    check_steps(policy, config)
+    pixels = policy.pixels(config.rollout.height, config.rollout.width)
+    tape = Tape(policy, config.memory, lambda: 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+    check_gradient(tape, reward, prompts[0], config)
+    session = Session(
+        config=config,
+        accelerator=accelerator,
+        policy=policy,
+        tape=tape,
+        sampler=route.sampler(policy.process, make_sampler(policy, config, config.rollout.sampler)),
+        reward=reward,
+        route=route,
+        objective=partial(row.objective, **config.objective),
+        update=Update(accelerator, policy.trainable(), config.update, config.optimiser_steps),
+        stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round),
+        pretraining=Pretraining(config.pretraining, config.seed, pixels) if config.pretraining.pictures else None,
+        held_out=held_out,
+        detector=detector,
+        run=Run(config.output_dir, writes=accelerator.is_main_process),
+        stopper=EarlyStop(config.early_stop) if config.early_stop else None,
+    )
+    begin(session, resuming=resuming)
+    return session
+
+
+def check_gradient(tape: Tape, reward: Judge, line: Mapping[str, Any], config: BackpropConfig) -> None:
+    """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
+    shape = tape.policy.latent_shape(config.rollout.height, config.rollout.width)
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(config.seed))
+    latents = noise.to(tape.policy.device).requires_grad_()
+    before = reward.state_dict()
+    rewards = Rewarding(reward)(tape.decode(latents), [line["prompt"]], [line])
+    reward.load_state_dict(before)
+    if not rewards.requires_grad:
+        raise UserError(
+            f"reward {reward.name} has no gradient with respect to the pictures, which {config.algorithm} needs: "
+            "choose one that `burnish reward list` calls differentiable, or a policy gradient (`burnish advise`)"
+        )
+    (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+    if not gradient.isfinite().all():
+        raise RewardError(f"reward {reward.name}: its gradient is not finite for prompt {line['prompt']!r}: mend it")
+
+
+def one_round(session: Session) -> dict[str, float]:
+    """Prompts, pictures, rewards and one update, and what there is to say of it."""
+    config, policy, accelerator = session.config, session.policy, session.accelerator
+    start, called, sums = time.perf_counter(), policy.calls, {}
+    if config.lora_scale_end != 1:
+        share = session.round / max(1, config.rounds - 1)
+        policy.scale_lora(1 + share * (config.lora_scale_end - 1))
+    policy.autocast = lambda: accelerator.autocast()
+    rewarding = Rewarding(session.reward)
+    found = losses(session, rewarding)
+    if session.pretraining:
+        found = session.pretraining.beside(found, policy, session.round, accelerator.process_index)
+    for loss, metrics in found:
+        session.update.backward(loss)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            sums.setdefault(name, []).append(value)
+    stepped = session.update.step()
+    policy.autocast = nullcontext  # pictures to look at, and evaluation, are in full precision
+
+    def everywhere(values: Tensor) -> Tensor:
+        gathered: Any = accelerator.gather(values.to(accelerator.device))
+        return gathered
+
+    # The loss is the sum of what was yielded; what there is to say of each is a mean.
+    told = {name: torch.stack(values).mean() for name, values in sums.items()} | {
+        "loss": torch.stack(sums["loss"]).sum()
+    }
+    means = everywhere(torch.stack(list(told.values()))[None]).mean(0).tolist()
+    scores = joined(rewarding.told).each(everywhere)
+    return {
+        "reward": scores.total.mean().item(),
+        "reward_std": scores.total.std(correction=0).item(),
+        **{f"rewards/{name}/mean": part.nanmean().item() for name, part in scores.parts.items()},
+        "network_calls": everywhere(torch.tensor([policy.calls - called])).sum().item(),
+        **dict(zip(told, means, strict=True)),
+        **stepped,
+        "seconds/update": time.perf_counter() - start,
+    }
+
+
+def losses(session: Session, rewarding: Rewarding) -> Iterator[Loss]:
+    """What is to be back-propagated for this process' pictures, one after the other; its sum is the round's loss."""
+    parts = batches(session)
+    for part in parts:
+        for loss, metrics in session.route.losses(session.tape, part, rewarding, session.objective):
+            yield loss / len(parts), metrics
+
+
+def batches(session: Session) -> list[Batch]:
+    """This process' share of the round's pictures, as many at once as the network takes."""
+    config, policy, accelerator = session.config, session.policy, session.accelerator
+    size = (config.rollout.height, config.rollout.width)
+    grid, shape = policy.grid(config.rollout.steps, *size), policy.latent_shape(*size)
+    lines = session.stream.round(session.round)
+    share = len(lines) // accelerator.num_processes
+    first = accelerator.process_index * share
+    made = []
+    for start in range(first, first + share, config.batch_size):
+        here = lines[start : start + config.batch_size]
+        seeds = [seed_of(config.seed, "picture", session.round, start + number) for number in range(len(here))]
+        conditioning = policy.encode([line["prompt"] for line in here])
+        made.append(
+            Batch(session.round, here, seeds, conditioning, grid, config.rollout.guidance, session.sampler, shape, size)
+        )
+    return made
