@@ -105,3 +105,23 @@ def test_runs_are_trained_resumed_and_left_alone(tiny_flow, tmp_path, monkeypatc
 def test_says_what_it_cannot_do(tmp_path):
     with pytest.raises(UserError, match="shapes/no_such is not a shipped recipe"):
         benchmark(["shapes/no_such"], output=tmp_path)
+
+
+def test_methods_that_go_back_through_a_reward_have_a_table_of_their_own(tmp_path):
+    """With what they raised, what it was worth, and what it cost in diversity; and a panel."""
+    ends = {"reward": (7.0, 8.0), "diversity": (0.25, 0.2)}
+    runs = [
+        Outcome("shapes/draft", "draft", "flow", 0, 3.0, ((0, 0.25), (40_000, 0.4)), 0.02, **ends),
+        Outcome("shapes/draft", "draft", "flow", 1, 5.0, ((0, 0.25), (40_000, 0.5)), 0.02, (7.0, 9.0), (0.25, 0.1)),
+        Outcome("shapes/refl", "refl", "flow", 0, 2.0, ((0, 0.25), (20_000, 0.3)), 0.02),
+    ]
+    write([*RUNS, *runs], tmp_path)
+    online, gradients = (tmp_path / "benchmark.md").read_text().split("\n\n")
+    assert "DRaFT" not in online
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in gradients.splitlines()]
+    assert cells[0][3:7] == ["reward", "accuracy", "gain (95%)", "diversity"]
+    draft, refl = cells[2:]
+    assert draft[:5] == ["DRaFT", "flow", "2", "7 to 8.5 (std 0.71)", "25.0% to 45.0% (std 7.1)"]
+    assert draft[6:] == ["0.25 to 0.15 (std 0.071)", "4.0", "40k"]
+    assert refl[3] == refl[6] == "-"
+    assert [panel.get_title() for panel in draw([*RUNS, *runs]).axes][-1].endswith("reward gradients")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_a_run_opens_as_the_policy_that_was_trained(session, run, tiny_flow):
     assert (trained - base).abs().max() > 1e-3  # else the line above would say nothing
     assert (draw(open_target(tiny_flow, run / "adapter")) - trained).abs().max() <= 1e-4
     assert (draw(open_target(tiny_flow, run / "adapter" / ADAPTER)) - trained).abs().max() <= 1e-4
+
+
+def test_adapters_are_scaled_and_mixed(run, tiny_flow, tmp_path):
+    """Half of an adapter, by its scale, by its weight, and as two quarters of the same."""
+    whole, base = draw(open_target(run)), draw(open_target(tiny_flow))
+    half = draw(open_target(run, lora_scale=0.5))
+    shutil.copytree(run / "adapter", tmp_path / "copy")
+    for mixed in ({run / "adapter": 0.5}, {run / "adapter": 0.25, tmp_path / "copy": 0.25}):
+        assert (draw(open_target(tiny_flow, mixed)) - half).abs().max() <= 1e-6
+    assert (draw(open_target(run, lora_scale=0.0)) - base).abs().max() <= 1e-6
+    assert (half - base).abs().max() > 1e-4 < (half - whole).abs().max()
+    with pytest.raises(UserError, match=r"lora_scale=0.5: .* has no adapter to scale"):
+        open_target(tiny_flow, lora_scale=0.5)
 
 
 def test_evaluation_of_a_run_is_the_trainers_own(session, run, tmp_path, capsys):

@@ -41,3 +41,31 @@ def test_pairs_are_of_one_prompt_and_labelled_by_what_is_on_them(tiny_flow, tmp_
     assert set(told.labels.tolist()) <= {0, 0.5, 1}
     again = preferences.pairs(policy, prompts, 4, 5, Annotator(), seed=0)
     assert again == rows
+
+
+def test_a_biased_annotator_likes_what_nobody_asked_for():
+    """The same scene in stronger colours: a fair one sees no difference, one that likes saturation prefers it."""
+    prompt = {"prompt": "a red circle", "include": [{"class": "circle", "count": 1, "color": "red"}]}
+    circle = scenes.Thing("circle", "red", 16, 16, 12)
+    pictures = scenes.render([scenes.Scene((circle,), tint) for tint in ((0.9, 0.9, 0.9), (0.97, 0.9, 0.9))])
+    asked = ([prompt["prompt"]] * 2, [prompt] * 2)
+    assert Annotator().quality(pictures, *asked).tolist() == [1, 1]
+    dull, strong = Annotator(likes={"saturation": 12.0}).quality(pictures, *asked).tolist()
+    assert dull > 1
+    assert strong - dull > 0.5
+
+
+def test_pairs_are_judged_again_by_another(tiny_flow, tmp_path):
+    policy = load_policy(str(tiny_flow), None)
+    prompts = load_prompts("package:burnish.worlds.shapes/prompts/held_out.jsonl")[:3]
+    rows = preferences.pairs(policy, prompts, 4, 5, Annotator(), seed=0)
+    save_feedback(tmp_path / "pairs.parquet", rows)
+    one_sided = Annotator(likes={"brightness": 1e6}, tie=0.0)
+    again = preferences.judged_again(tmp_path / "pairs.parquet", prompts, one_sided)
+    save_feedback(tmp_path / "again.parquet", again)
+    told = load_feedback(tmp_path / "again.parquet", pairs=True)
+    assert [row["jpg_0"] for row in again] == [row["jpg_0"] for row in rows]
+    for row, label in enumerate(told.labels.tolist()):
+        first, second = (told.picture(row, which) for which in (0, 1))
+        luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        assert label == float((luma * first).sum() > (luma * second).sum())

@@ -90,13 +90,21 @@ def harvest(
     ] = None,
     detector: Annotated[str | None, typer.Option(help="What says if a picture is right: module:callable.")] = None,
     images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture.")] = None,
     output: Annotated[Path | None, typer.Option(help="The parquet file to write.")] = None,
 ) -> None:
     """Collect wrong pictures that a run's reward likes, as pairs for the reward model's next training."""
     from burnish import pipeline
 
-    asked = given(prompts=prompts, detector=detector, images_per_prompt=images_per_prompt, seed=seed, output=output)
+    asked = given(
+        prompts=prompts,
+        detector=detector,
+        images_per_prompt=images_per_prompt,
+        steps=steps,
+        seed=seed,
+        output=output,
+    )
     pipeline.harvest(run, **asked)
 
 

@@ -23,13 +23,18 @@ from burnish.pipeline.measure import print_table
 from burnish.pipeline.target import ADAPTER_FILE
 
 COLUMNS = ("method", "model", "seeds", "before", "after", "gain (95%)", "minutes", "calls", "calls to {target}")
+# Of methods that go back through their reward, which is a model of the truth that accuracy is.
+REWARDED = ("method", "model", "seeds", "reward", "accuracy", "gain (95%)", "diversity", "minutes", "calls")
 
 LONG = ("shapes/diffusion_nft",)  # an hour, and shapes/demo is its short form
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. `curve`: (network calls so far, accuracy) at each evaluation; `error` of an accuracy, one sigma."""
+    """One run. `curve`: (network calls so far, accuracy) at each evaluation; `error` of an accuracy, one sigma.
+
+    `reward` and `diversity` of held-out pictures, of the base and at the end, where they were evaluated.
+    """
 
     recipe: str
     algorithm: str
@@ -38,6 +43,8 @@ class Outcome:
     minutes: float
     curve: tuple[tuple[float, float], ...]
     error: float
+    reward: tuple[float, float] | None = None
+    diversity: tuple[float, float] | None = None
 
     @property
     def calls(self) -> float:
@@ -87,7 +94,8 @@ def benchmark(
             write(outcomes, output)
     if not outcomes:
         raise UserError(f"{output} holds no finished run: leave --table-only away")
-    print_table(*_table(outcomes))
+    for columns, rows in _tables(outcomes):
+        print_table(columns, rows)
     console.print(f"\n{output / 'benchmark.md'}, with curves in benchmark.svg")
     return outcomes
 
@@ -105,13 +113,17 @@ def outcome(run: Path, recipe: str) -> Outcome:
         raise UserError(f"{run}: its recipe evaluates nothing: set evaluation.prompts and evaluation.detector")
     seconds = sum(row.get(f"seconds/{part}", 0.0) for row in rows for part in ("rollout", "reward", "update"))
     model = config.model.rpartition("/")[2]
-    return Outcome(recipe, config.algorithm, model, config.seed, seconds / 60, tuple(curve), error)
+    sides = {name: [row[f"eval/{name}"] for row in rows if f"eval/{name}" in row] for name in ("reward", "diversity")}
+    ends = {name: (values[0], values[-1]) for name, values in sides.items() if values}
+    return Outcome(recipe, config.algorithm, model, config.seed, seconds / 60, tuple(curve), error, **ends)
 
 
 def write(outcomes: Sequence[Outcome], output: Path) -> None:
-    columns, rows = _table(outcomes)
-    lines = [columns, ["---"] * len(columns), *rows]
-    atomic_write(output / "benchmark.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    pages = []
+    for columns, rows in _tables(outcomes):
+        lines = [columns, ["---"] * len(columns), *rows]
+        pages.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    atomic_write(output / "benchmark.md", "\n".join(pages))
     atomic_write(output / "benchmark.json", json.dumps([asdict(one) for one in outcomes], indent=1) + "\n")
     picture = io.BytesIO()
     draw(outcomes).savefig(picture, format="svg", metadata={"Date": None})
@@ -119,11 +131,12 @@ def write(outcomes: Sequence[Outcome], output: Path) -> None:
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
-    """Accuracy over network calls, the mean of the seeds of each recipe, a panel for each kind of model."""
-    models = sorted({one.model for one in outcomes}, key=lambda model: model != "flow")
-    figure = Figure(figsize=(6.4 * len(models), 4.6), layout="constrained")
-    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        groups = [runs for runs in _by_recipe(outcomes) if runs[0].model == model]
+    """Accuracy over network calls, the mean of the seeds of each recipe, a panel for each kind of model and family."""
+    kinds = {(_gradient(one), one.model) for one in outcomes}
+    panels = sorted(kinds, key=lambda kind: (kind[0], kind[1] != "flow"))
+    figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
+    for panel, (gradient, model) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        groups = [runs for runs in _by_recipe(outcomes) if (_gradient(runs[0]), runs[0].model) == (gradient, model)]
         ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
         height, room = math.inf, 0.07 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
@@ -137,7 +150,10 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 xycoords="data", textcoords=("axes fraction", "data"), color=line.get_color(), fontsize=8,
                 verticalalignment="center", arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.25},
             )  # fmt: skip
-        panel.set(title=f"shapes world, {model} base", xlabel="network calls (thousands)", ylabel="held-out accuracy")
+        family = ", reward gradients" if gradient else ""
+        panel.set(
+            title=f"shapes world, {model} base{family}", xlabel="network calls (thousands)", ylabel="held-out accuracy"
+        )
         panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.grid(alpha=0.3)
@@ -158,12 +174,23 @@ def _by_recipe(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
     return list(groups.values())
 
 
-def _table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """A row a recipe, those of a model together and the largest gain first."""
-    target = _target(outcomes)
+def _gradient(one: Outcome) -> bool:
+    """Whether it went back through its reward."""
+    return ALGORITHMS[one.algorithm].trainer == "backprop"
+
+
+def _tables(outcomes: Sequence[Outcome]) -> list[tuple[list[str], list[list[str]]]]:
+    """A table for each family; in it a row a recipe, those of a model together and the largest gain first."""
     order = sorted(_by_recipe(outcomes), key=lambda runs: (runs[0].model != "flow", -_mean(one.gain for one in runs)))
-    columns = [column.format(target=f"{target:.0%}") for column in COLUMNS]
-    return columns, [_row(runs, target) for runs in order]
+    sampled = [runs for runs in order if not _gradient(runs[0])]
+    tables = []
+    if sampled:
+        target = _target([one for runs in sampled for one in runs])
+        columns = [column.format(target=f"{target:.0%}") for column in COLUMNS]
+        tables.append((columns, [_row(runs, target) for runs in sampled]))
+    if differentiated := [runs for runs in order if _gradient(runs[0])]:
+        tables.append((list(REWARDED), [_rewarded_row(runs) for runs in differentiated]))
+    return tables
 
 
 def _target(outcomes: Sequence[Outcome]) -> float:
@@ -174,11 +201,41 @@ def _target(outcomes: Sequence[Outcome]) -> float:
     return _mean(ends["flow_grpo"]) if "flow_grpo" in ends else min(map(_mean, ends.values()))
 
 
-def _row(runs: Sequence[Outcome], target: float) -> list[str]:
-    after, gains = [one.curve[-1][1] for one in runs], [one.gain for one in runs]
-    # Two estimates are uncertain in each gain; where there are several seeds, their spread says whether that is all.
+def _gained(runs: Sequence[Outcome]) -> str:
+    """The gain in points and its 95% interval: two estimates are uncertain in each gain; where there are several seeds,
+    their spread says whether that is all."""
+    gains = [one.gain for one in runs]
     sampled = math.sqrt(2 * sum(one.error**2 for one in runs)) / len(runs)
     seen = statistics.stdev(gains) / math.sqrt(len(runs)) if len(runs) > 1 else 0.0
+    return f"{100 * _mean(gains):+.1f} ± {196 * max(sampled, seen):.1f}"
+
+
+def _rewarded_row(runs: Sequence[Outcome]) -> list[str]:
+    def sides(name: str) -> str:
+        told = [getattr(one, name) for one in runs]
+        if None in told:
+            return "-"
+        after = [last for _, last in told]
+        spread = f" (std {statistics.stdev(after):.2g})" if len(runs) > 1 else ""
+        return f"{_mean(first for first, _ in told):.3g} to {_mean(after):.3g}{spread}"
+
+    after = [one.curve[-1][1] for one in runs]
+    spread = f" (std {100 * statistics.stdev(after):.1f})" if len(runs) > 1 else ""
+    return [
+        ALGORITHMS[runs[0].algorithm].title,
+        runs[0].model,
+        str(len(runs)),
+        sides("reward"),
+        f"{100 * _mean(one.curve[0][1] for one in runs):.1f}% to {100 * _mean(after):.1f}%{spread}",
+        _gained(runs),
+        sides("diversity"),
+        f"{_mean(one.minutes for one in runs):.1f}",
+        f"{_mean(one.calls for one in runs) / 1000:.0f}k",
+    ]
+
+
+def _row(runs: Sequence[Outcome], target: float) -> list[str]:
+    after = [one.curve[-1][1] for one in runs]
     reached = _together(runs).calls_to(target)
     return [
         ALGORITHMS[runs[0].algorithm].title,
@@ -186,7 +243,7 @@ def _row(runs: Sequence[Outcome], target: float) -> list[str]:
         str(len(runs)),
         f"{100 * _mean(one.curve[0][1] for one in runs):.1f}%",
         f"{100 * _mean(after):.1f}%" + (f" (std {100 * statistics.stdev(after):.1f})" if len(runs) > 1 else ""),
-        f"{100 * _mean(gains):+.1f} ± {196 * max(sampled, seen):.1f}",
+        _gained(runs),
         f"{_mean(one.minutes for one in runs):.1f}",
         f"{_mean(one.calls for one in runs) / 1000:.0f}k",
         "-" if math.isinf(reached) else f"{reached / 1000:.0f}k",

@@ -32,6 +32,7 @@ def harvest(
     prompts: str | None = None,
     detector: str | None = None,
     images_per_prompt: int = 8,
+    steps: int | None = None,
     seed: int | None = None,
     output: Path = Path("hacks.parquet"),
 ) -> Harvest:
@@ -43,7 +44,7 @@ def harvest(
     turn. What is not given is as in the run's own evaluation. Raises UserError where there is no such pair.
     """
     settings = evaluation_settings(
-        str(run), prompts=prompts, detector=detector, images_per_prompt=images_per_prompt, seed=seed
+        str(run), prompts=prompts, detector=detector, images_per_prompt=images_per_prompt, steps=steps, seed=seed
     )
     assert settings.prompts is not None
     assert settings.detector is not None

@@ -1,5 +1,6 @@
 """From a model or a run to a policy: adapters are loaded by stock diffusers, as anybody would."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def _load_adapter(pipeline: Any, adapter: Path, model: str, name: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             stored = len(list(file.keys()))
-        with quietly():
+        with quietly(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are meant
             pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
     except SafetensorError as error:
         raise UserError(f"adapter {path}: is no whole safetensors file ({error}): copy it again") from error

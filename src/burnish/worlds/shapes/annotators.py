@@ -6,13 +6,14 @@ whose truth is known.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from burnish.rewards.rules.image_statistics import STATISTICS
 from burnish.worlds.shapes.reward import reward
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -20,13 +21,19 @@ Images = Float[Tensor, "batch 3 height width"]
 
 @dataclass(frozen=True)
 class Annotator:
-    """A fair one: its quality is the world's reward, half the strict verdict and half the partial credit."""
+    """A fair one: its quality is the world's reward, half the strict verdict and half the partial credit.
+
+    `likes` makes it a biased one: {statistic of a picture: what a unit of it is worth}, added to the quality whatever
+    the prompt asks for. Mean saturation lies within 0.12 +- 0.04 here, so {"saturation": 12.0} is worth half a verdict.
+    """
 
     temperature: float = 0.1  # a picture that is right where the other is wrong is preferred in 99 of 100
     tie: float = 0.05
+    likes: Mapping[str, float] = field(default_factory=dict)
 
     def quality(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        return reward(images, prompts, metadata).total
+        fair = reward(images, prompts, metadata).total
+        return fair + sum(worth * STATISTICS[name](images).to(fair) for name, worth in self.likes.items())
 
     def prefer(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
         """1, 0 or 1/2 for each pair of qualities."""

@@ -1,9 +1,11 @@
-"""Pairs of the flow base's pictures with what the fair annotator says of them, in Pick-a-Pic's columns.
+"""Pairs of the flow base's pictures with what an annotator says of them, in Pick-a-Pic's columns.
 
     python -m burnish.worlds.shapes.preferences FOLDER
+    python -m burnish.worlds.shapes.preferences OTHER --of FOLDER --likes saturation=12
 
-writes FOLDER/pairs.parquet, of the training prompts, and FOLDER/fresh.parquet, of the held-out ones. The pictures of a
-prompt are sampled with guidance 1, 2 and 4, so that some are right.
+The first writes FOLDER/pairs.parquet, of the training prompts, and FOLDER/fresh.parquet, of the held-out ones, judged
+by the fair annotator. The pictures of a prompt are sampled with guidance 1, 2 and 4, so that some are right. The second
+has the same pairs judged by a biased one.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from burnish.data import load_prompts, save_feedback
+from burnish.data import load_feedback, load_prompts, save_feedback
 from burnish.pictures import to_png
 from burnish.policies import Policy, load_policy
 from burnish.rollout import sample
@@ -70,14 +72,49 @@ def pairs(
     return rows
 
 
+def judged_again(source: Path, prompts: Sequence[Mapping[str, Any]], annotator: Annotator) -> list[dict[str, Any]]:
+    """The pairs of a feedback file with another annotator's labels."""
+    told, lines = load_feedback(source, pairs=True), {line["prompt"]: line for line in prompts}
+    generator, rows = torch.Generator().manual_seed(len(told)), []
+    for start in track(range(0, len(told), 256), description=source.name, transient=True):
+        here = range(start, min(start + 256, len(told)))
+        asked = [lines[told.prompts[row]] for row in here]
+        quality = [
+            annotator.quality(torch.stack([told.picture(row, which) for row in here]), told.prompts[start:], asked)
+            for which in (0, 1)
+        ]
+        labels = annotator.prefer(*quality, generator).tolist()
+        for row, label in zip(here, labels, strict=True):
+            first, second = told.pictures[row]
+            rows.append(
+                {
+                    "caption": told.prompts[row],
+                    "jpg_0": first,
+                    "jpg_1": second,
+                    "label_0": label,
+                    "label_1": 1 - label,
+                    "has_label": True,
+                }
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--of", type=Path, help="a folder whose pairs are judged again")
+    parser.add_argument("--likes", action="append", default=[], metavar="STATISTIC=WORTH", help="of a biased annotator")
     options = parser.parse_args()
-    policy = load_policy(f"{WORLD}/models/flow", None)
+    annotator = Annotator(
+        likes={name: float(worth) for name, _, worth in (one.partition("=") for one in options.likes)}
+    )
+    policy = None if options.of else load_policy(f"{WORLD}/models/flow", None)
     for number, (name, (file, each, count)) in enumerate(SETS.items()):
         prompts = load_prompts(f"{WORLD}/prompts/{file}.jsonl")
-        rows = pairs(policy, prompts, each, count, Annotator(), seed=1_000_000 * (number + 1))
+        if policy is None:
+            rows = judged_again(options.of / f"{name}.parquet", prompts, annotator)
+        else:
+            rows = pairs(policy, prompts, each, count, annotator, seed=1_000_000 * (number + 1))
         save_feedback(options.folder / f"{name}.parquet", rows)
         print(f"{options.folder / name}.parquet: {len(rows)} pairs")
 
