@@ -43,7 +43,19 @@ def test_scaling_counts_its_calls(tiny_flow, monkeypatch):
 
 
 def test_memory_is_flat_in_the_steps(tiny_flow, monkeypatch):
+    monkeypatch.setattr(memory, "PICTURES", 4)
     told = bench.bench("memory", str(tiny_flow))["memory"]
-    assert told.keys() == {"growth", *(f"steps_{steps}_mb" for steps in memory.STEPS)}
+    online = {"online/growth", *(f"online/steps_{steps}_mb" for steps in memory.STEPS)}
+    assert {name for name in told if name.startswith("online/")} == online
     assert (min(memory.STEPS), max(memory.STEPS)) == (5, 50)
-    assert told["growth"] < 1.05
+    assert told["online/growth"] < 1.05
+    # A chain of 50 calls keeps its latents besides; without checkpoints it would keep each call's activations.
+    assert told["backprop/growth"] < 1.15
+    assert told["backprop/over_plain"] < 1.05
+    assert told["backprop/last_5_of_5_kept_mb"] > told["backprop/last_5_of_5_mb"]
+
+
+def test_a_step_of_alignprop():
+    told = bench.bench("alignprop", repeats=1)["alignprop"]
+    assert told.keys() == {"step_s", "step_min_s"}
+    assert told["step_s"] > 0

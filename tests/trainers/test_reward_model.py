@@ -173,3 +173,11 @@ def test_mistakes_are_one_line_and_leave_nothing(config, tmp_path, settings, sai
 def test_what_is_no_reward_model_is_no_reward(tiny_clip):
     with pytest.raises(UserError, match=r"holds no reward.json: give the `model` folder of a run"):
         load_reward("trained", {"model": str(tiny_clip)})
+
+
+def test_held_out_sets_of_the_same_file_name_are_told_apart():
+    """One of them would be evaluated in the other's place."""
+    assert reward_model.set_names(["a/pairs.parquet", "b/hacks.parquet"]) == ["pairs", "hacks"]
+    assert reward_model.set_names(["a/fresh.parquet", "b/fresh.parquet"]) == ["a-fresh", "b-fresh"]
+    with pytest.raises(UserError, match="held_out names a-fresh twice"):
+        reward_model.set_names(["a/fresh.parquet", "x/a/fresh.jsonl"])

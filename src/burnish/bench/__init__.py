@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-from burnish.bench.epoch import bench_epoch
+from burnish.bench.epoch import bench_alignprop, bench_epoch
 from burnish.bench.memory import bench_memory
 from burnish.bench.overhead import bench_overhead
 from burnish.bench.rewards import bench_rewards
@@ -13,7 +13,7 @@ from burnish.bench.step import bench_sde_step
 
 
 def bench(
-    what: Literal["sde", "overhead", "epoch", "scaling", "memory", "rewards", "all"] = "all",
+    what: Literal["sde", "overhead", "epoch", "alignprop", "scaling", "memory", "rewards", "all"] = "all",
     model: str = MODEL,
     repeats: int | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -23,6 +23,7 @@ def bench(
         "sde": lambda: bench_sde_step(**often),
         "overhead": lambda: bench_overhead(model, **often),
         "epoch": lambda: bench_epoch(**often),
+        "alignprop": lambda: bench_alignprop(**often),
         "scaling": lambda: bench_scaling(model, **often),
         "memory": lambda: bench_memory(model),
         "rewards": lambda: bench_rewards(model, **often),

@@ -293,7 +293,7 @@ def demo(output: Output = None) -> None:
 @app.command()
 def benchmark(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Shipped recipes; all of shapes/ but the longest.")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Shipped recipes; all of shapes/ but two unless named.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each recipe.")] = None,
     output: Output = None,
@@ -309,6 +309,7 @@ class Benchmark(StrEnum):
     sde = "sde"
     overhead = "overhead"
     epoch = "epoch"
+    alignprop = "alignprop"
     scaling = "scaling"
     memory = "memory"
     rewards = "rewards"
@@ -319,7 +320,9 @@ class Benchmark(StrEnum):
 def bench(
     what: Annotated[
         Benchmark,
-        typer.Argument(help="A step, a trainer's own cost, a DDPO epoch, cost and memory by size, rewards."),
+        typer.Argument(
+            help="A step, a trainer's own cost, an epoch of DDPO, a step of AlignProp, sizes, memory, rewards."
+        ),
     ] = Benchmark.all,
     model: Annotated[str | None, typer.Option(help="The model that is trained.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Measurements.")] = None,

@@ -91,7 +91,10 @@ def train(config: RewardModelConfig, *, resuming: bool = False) -> Path:
         raise UserError(f"batch_size={config.batch_size} does not divide into {accelerator.num_processes} processes")
     pairs = config.signal == "pairs"
     feedback = joined([load_feedback(source, pairs=pairs) for source in config.feedback])
-    held_out = {Path(source).stem: load_feedback(source, pairs=pairs) for source in config.held_out}
+    held_out = {
+        name: load_feedback(source, pairs=pairs)
+        for name, source in zip(set_names(config.held_out), config.held_out, strict=True)
+    }
     torch.manual_seed(config.seed)  # the adapter's first weights
     model = load_reward_model(config.model).eval().to(accelerator.device)  # CLIP has no dropout
     make_plain = unfreeze(model, config)
@@ -136,6 +139,19 @@ def train(config: RewardModelConfig, *, resuming: bool = False) -> Path:
                 save_mistakes(model, held_out, run.directory / "samples")
             write_reward_report(run.directory)
     return run.directory
+
+
+def set_names(sources: Sequence[str]) -> list[str]:
+    """What held-out sets are called: their files' names, with the folder's before where two are alike; UserError where
+    that does not tell them apart."""
+    stems = [Path(source).stem for source in sources]
+    names = [
+        stem if stems.count(stem) == 1 else f"{Path(source).parent.name}-{stem}"
+        for stem, source in zip(stems, sources, strict=True)
+    ]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"held_out names {twice} twice: give its files other names")
+    return names
 
 
 def publish(model: RewardModel, make_plain: Callable[[], None], run: Run, config: RewardModelConfig) -> None:

@@ -33,7 +33,9 @@ class Annotator:
 
     def quality(self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         fair = reward(images, prompts, metadata).total
-        return fair + sum(worth * STATISTICS[name](images).to(fair) for name, worth in self.likes.items())
+        for name, worth in self.likes.items():
+            fair = fair + worth * STATISTICS[name](images).to(fair)  # pyright: ignore[reportArgumentType]
+        return fair
 
     def prefer(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
         """1, 0 or 1/2 for each pair of qualities."""

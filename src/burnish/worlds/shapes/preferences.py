@@ -79,18 +79,19 @@ def judged_again(source: Path, prompts: Sequence[Mapping[str, Any]], annotator: 
     for start in track(range(0, len(told), 256), description=source.name, transient=True):
         here = range(start, min(start + 256, len(told)))
         asked = [lines[told.prompts[row]] for row in here]
-        quality = [
-            annotator.quality(torch.stack([told.picture(row, which) for row in here]), told.prompts[start:], asked)
+        first, second = (
+            annotator.quality(
+                torch.stack([told.picture(row, which) for row in here]), [told.prompts[row] for row in here], asked
+            )
             for which in (0, 1)
-        ]
-        labels = annotator.prefer(*quality, generator).tolist()
+        )
+        labels = annotator.prefer(first, second, generator).tolist()
         for row, label in zip(here, labels, strict=True):
-            first, second = told.pictures[row]
             rows.append(
                 {
                     "caption": told.prompts[row],
-                    "jpg_0": first,
-                    "jpg_1": second,
+                    "jpg_0": told.pictures[row][0],
+                    "jpg_1": told.pictures[row][1],
                     "label_0": label,
                     "label_1": 1 - label,
                     "has_label": True,
