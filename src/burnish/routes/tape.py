@@ -73,6 +73,6 @@ class Tape:
     def gradient(self, of: Tensor, at: Tensor, weights: Tensor | None = None) -> Tensor:
         """d(sum of `weights` `of`) / d(`at`), in at least fp32; on its way scaled as losses are in fp16."""
         scale = self.scale()
-        weights = torch.ones_like(of) if weights is None else weights.to(of)
-        (found,) = torch.autograd.grad(of, at, weights * scale)
+        weights = torch.ones_like(of) if weights is None else weights
+        (found,) = torch.autograd.grad(of, at, (weights * scale).to(of))
         return found.to(torch.promote_types(found.dtype, torch.float32)) / scale
