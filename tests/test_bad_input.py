@@ -178,7 +178,11 @@ SETTINGS = {
     "reward file that is not Python": ("reward={shelf}/not_python.py:reward", "cannot be imported"),
     "reward file that raises": ("reward={shelf}/raises.py:reward", "cannot be imported", "cannot start"),
     "reward file that lacks a package": ("reward={shelf}/imports.py:reward", "no_such_package"),
-    "evaluation without detector": ("evaluation.prompts={shelf}/plain.jsonl", "evaluation.detector", "set evaluation.detector"),
+    "evaluation without detector": (
+        "evaluation.prompts={shelf}/plain.jsonl",
+        "evaluation.detector",
+        "set evaluation.detector",
+    ),
     "an output folder below a file": ("output_dir={shelf}/empty.txt/run", "empty.txt", "Not a directory"),
     "an output folder that is a file": ("output_dir={shelf}/empty.txt", "empty.txt"),
 }
