@@ -30,7 +30,7 @@ from burnish.pipeline import (
 )
 from burnish.report import describe
 from burnish.rollout import sample
-from burnish.trainers import look, online
+from burnish.trainers import look, online, rounds
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -330,7 +330,7 @@ def test_the_demonstration_from_the_beginning_to_its_second_call(recipe, tmp_pat
 def test_an_interrupted_demonstration_goes_on(recipe, tmp_path, capsys):
     output = tmp_path / "demo"
     settings = {"recipe": str(recipe), "guidances": ()}
-    logged = online.Progress.log
+    logged = rounds.Progress.log
 
     def interrupt(self, step, metrics):
         logged(self, step, metrics)
@@ -338,7 +338,7 @@ def test_an_interrupted_demonstration_goes_on(recipe, tmp_path, capsys):
             os.kill(os.getpid(), 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(online.Progress, "log", interrupt)
+        patch.setattr(rounds.Progress, "log", interrupt)
         with pytest.raises(SystemExit) as caught:
             demo(output, **settings)
     assert caught.value.code == 130

@@ -43,8 +43,7 @@ class Tape:
         def call(x: Latent) -> Latent:
             return self.policy.predict(x, time, conditioning, guidance)
 
-        kept = not self.memory.checkpoint_calls or not torch.is_grad_enabled()
-        return call(x) if kept else checkpoint(call, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return recomputed(call, x, when=self.memory.checkpoint_calls)
 
     def reference(self, x: Latent, time: Any, conditioning: Conditioning, guidance: float) -> Latent:
         """The base's prediction; with respect to x it has a gradient."""
@@ -53,17 +52,12 @@ class Tape:
             with self.policy.reference(gradient=True):  # inside, because it is called again in the backward pass
                 return self.policy.predict(x, time, conditioning, guidance)
 
-        kept = not self.memory.checkpoint_calls or not torch.is_grad_enabled()
-        return call(x) if kept else checkpoint(call, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return recomputed(call, x, when=self.memory.checkpoint_calls)
 
     def decode(self, latents: Latent) -> Float[Tensor, "batch 3 height width"]:
         """As `Policy.decode`."""
-        parts: list[Any] = list(latents.split(self.memory.decode_batch_size))
-        kept = not self.memory.checkpoint_decoder or not torch.is_grad_enabled()
-        decoded: list[Any] = [
-            self.policy.decode(part) if kept else checkpoint(self.policy.decode, part, use_reentrant=False)
-            for part in parts
-        ]
+        slices = latents.split(self.memory.decode_batch_size)
+        decoded = [recomputed(self.policy.decode, one, when=self.memory.checkpoint_decoder) for one in slices]
         return torch.cat(decoded)
 
     def offloaded(self) -> AbstractContextManager[Any]:
@@ -76,3 +70,10 @@ class Tape:
         weights = torch.ones_like(of) if weights is None else weights
         (found,) = torch.autograd.grad(of, at, (weights * scale).to(of))
         return found.to(torch.promote_types(found.dtype, torch.float32)) / scale
+
+
+def recomputed(call: Callable[[Tensor], Tensor], x: Tensor, *, when: bool) -> Tensor:
+    """`call(x)`, whose activations are computed again in the backward pass `when` that is wanted."""
+    if not when or not torch.is_grad_enabled():
+        return call(x)
+    return checkpoint(call, x, use_reentrant=False)  # pyright: ignore[reportReturnType]

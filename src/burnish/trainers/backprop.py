@@ -27,13 +27,11 @@ from burnish.errors import RewardError, UserError
 from burnish.monitors import EarlyStop
 from burnish.policies import Policy
 from burnish.replay import Loss
-from burnish.report import describe
 from burnish.rewards import Judge, joined, load_judge
 from burnish.routes import Batch, Rewarding, Route, Tape
-from burnish.trainers.look import look, published
 from burnish.trainers.pretraining import Pretraining
-from burnish.trainers.progress import Progress
-from burnish.trainers.run import Run, stoppable
+from burnish.trainers.rounds import run_rounds
+from burnish.trainers.run import Run
 from burnish.trainers.session import begin, check_steps, load_held_out, load_trained, make_accelerator, make_sampler
 from burnish.trainers.settings import BackpropConfig, load_run
 from burnish.trainers.update import Update
@@ -94,28 +92,7 @@ def resume(directory: Path) -> Path:
 
 def train(config: BackpropConfig, *, resuming: bool = False) -> Path:
     """Run to the end and return the run's directory; exits 130 / 143 after saving when it is interrupted."""
-    session = open_session(config, resuming=resuming)
-    run = session.run
-    with stoppable() as stop, Progress(config.rounds, run, session.accelerator, session.round) as progress:
-        if session.round == 0:
-            progress.log(0, look(session))
-        while session.round < config.rounds and not (session.stopper and session.stopper.done):
-            metrics = one_round(session)
-            session.round += 1
-            progress.log(session.round, metrics | look(session))
-            last = session.round == config.rounds
-            asked = int(session.accelerator.gather(torch.tensor([stop.requested or 0])).max())  # pyright: ignore
-            if last or asked or session.round % config.checkpoint_every == 0:
-                run.save(session.round, session.state(), config.checkpoint_keep)
-            if asked and not last:
-                progress.say(f"stopped after round {session.round}; go on with `burnish resume {run.directory}`")
-                raise SystemExit(asked)
-        if run.writes:
-            with session.policy.weights(published(session)):
-                run.publish(session.policy.save(run.clear_aside()))
-            row = ALGORITHMS[config.algorithm]
-            describe(run.directory, title=row.title, paper=row.paper)
-    return run.directory
+    return run_rounds(open_session(config, resuming=resuming), one_round)
 
 
 def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:

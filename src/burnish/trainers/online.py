@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from burnish.advantages import filled, group_std, selected
-from burnish.algorithms import ALGORITHMS
 from burnish.config import override
 from burnish.credit import Scored
-from burnish.errors import RewardError, UserError
+from burnish.errors import UserError
 from burnish.evaluation import group_distance, thumbnails
 from burnish.replay import Experience, penalty
-from burnish.report import describe
 from burnish.rewards import Scores
-from burnish.trainers.look import look, published
-from burnish.trainers.progress import Progress
-from burnish.trainers.run import stoppable
+from burnish.trainers.rounds import run_rounds
 from burnish.trainers.samples import Samples, judged, next_samples
 from burnish.trainers.session import Origin, Session, open_session
 from burnish.trainers.settings import EvaluationConfig, OnlineConfig, load_run
@@ -50,37 +46,7 @@ def resume(directory: Path) -> Path:
 
 def train(config: OnlineConfig, *, resuming: bool = False) -> Path:
     """Run to the end and return the run's directory; exits 130 / 143 after saving when it is interrupted."""
-    session = open_session(config, resuming=resuming)
-    run = session.run
-    with stoppable() as stop, Progress(config.rounds, run, session.accelerator, session.round) as progress:
-        if session.round == 0:
-            progress.log(0, look(session))
-        while session.round < config.rounds and not (session.stopper and session.stopper.done):
-            try:
-                metrics = one_round(session)
-            except RewardError:
-                if session.round:  # what was learnt is not lost with the reward
-                    run.save(session.round, session.state(), config.checkpoint_keep)
-                    progress.say(
-                        f"saved round {session.round}; mend it, and go on with `burnish resume {run.directory}`"
-                    )
-                raise
-            session.round += 1
-            progress.log(session.round, metrics | look(session))
-            last = session.round == config.rounds
-            # Agreed on, because a signal reaches the processes at different moments, maybe in different rounds.
-            asked = int(session.everywhere(torch.tensor([stop.requested or 0])).max())
-            if last or asked or session.round % config.checkpoint_every == 0:
-                run.save(session.round, session.state(), config.checkpoint_keep)
-            if asked and not last:
-                progress.say(f"stopped after round {session.round}; go on with `burnish resume {run.directory}`")
-                raise SystemExit(asked)
-        if run.writes:
-            with session.policy.weights(published(session)):
-                run.publish(session.policy.save(run.clear_aside()))
-            row = ALGORITHMS[config.algorithm]
-            describe(run.directory, title=row.title, paper=row.paper)
-    return run.directory
+    return run_rounds(open_session(config, resuming=resuming), one_round)
 
 
 def one_round(session: Session) -> dict[str, float]:

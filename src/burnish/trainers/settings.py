@@ -92,7 +92,7 @@ class OnlineConfig(RunConfig):
 class PretrainingConfig:
     """A denoising loss on given pictures beside the reward's: ReFL's. Without pictures there is none."""
 
-    pictures: str | None = None  # a folder with captions, or parquet or .jsonl with prompt and image
+    pictures: str | None = None  # a folder with captions, or parquet with prompt and image
     weight: Annotated[float, Gt(0)] = 1.0  # ReFL's paper, Eq. 4
     batch_size: Annotated[int, Gt(0)] = 8  # pictures a round and process
     together: bool = False  # one backward pass with the reward's loss: more memory, the same gradient
