@@ -111,7 +111,7 @@ def test_files_that_are_none(tmp_path):
         "torn.parquet": "cannot be read",
         "torn.jsonl": "cannot be read",
         "no.parquet": "no.parquet",
-        "pairs.csv": "ends in .parquet or .jsonl, not in '.csv'",
+        "pairs.csv": "ends in .parquet, .jsonl, .tar, not in '.csv'",
     }
     for name, said in wrong.items():
         with pytest.raises(UserError, match=said) as raised:

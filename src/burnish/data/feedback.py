@@ -1,33 +1,25 @@
-"""What people said of pictures: pairs of which one is better, or pictures with a thumb or a rating.
+"""What people said of pictures, whole in memory: pairs of which one is better, or pictures with a thumb or a rating.
 
-A file is parquet, or `.jsonl` with paths of pictures relative to it. Known columns:
-
-    pairs     prompt, chosen, rejected                           the first is better
-              caption, jpg_0, jpg_1, label_0 [, has_label]       Pick-a-Pic: label_0 is 1, 0, or 0.5 for a tie
-    pictures  prompt, image, label                               a thumb (0 or 1, true or false) or a rating
-
-A picture is the bytes of a file, `{"bytes", "path"}` as `datasets` writes it, or a path.
+The forms are those of `burnish.data.judgements`.
 """
 
-import difflib
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
 from jaxtyping import Float
-from pyarrow.lib import ArrowException
 from torch import Tensor
 
 from burnish.data.images import decode
-from burnish.data.prompts import resolve
+from burnish.data.judgements import PAIRED, Judgement, Stored, read_judgements
 from burnish.errors import UserError
 
-PAIRS = (("prompt", "chosen", "rejected"), ("caption", "jpg_0", "jpg_1", "label_0"))
-PICTURES = (("prompt", "image", "label"),)
+ROW_GROUP = 100  # rows, as `datasets` writes pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +29,7 @@ class Feedback:
 
     places: list[str]
     prompts: list[str]
-    pictures: list[tuple[bytes | Path, ...]]
+    pictures: list[tuple[Stored, ...]]
     labels: Float[Tensor, " rows"]
 
     def __len__(self) -> int:
@@ -57,23 +49,19 @@ def load_feedback(source: str | Path, *, pairs: bool) -> Feedback:
     Raises UserError for a file that cannot be read, a missing column (with the nearest that is there), a label out of
     range and a file without a row.
     """
-    path = resolve(source)
-    table = _read(path, str(source))
-    known = PAIRS if pairs else PICTURES
-    columns = next((names for names in known if set(names) <= set(table)), None)
-    if columns is None:
-        raise UserError(_what_is_missing(str(source), known, list(table)))
-    text, *pictures = columns[:3] if pairs else columns[:2]
-    kept = [row for row, told in enumerate(table.get("has_label", [True] * len(table[text]))) if told]
+    kept: list[Judgement] = []
+    for row in read_judgements(source, PAIRED if pairs else ("thumbs",)):
+        if isinstance(row, Judgement):
+            kept.append(row)
+        elif row.why != "no label":
+            raise UserError(f"{row.place}: {row.text}")
     if not kept:
         raise UserError(f"{source}: no row has a label: there is nothing to learn from")
-    labels = [1.0] * len(table[text]) if len(columns) == 3 and pairs else table[columns[-1]]
-    rows = [(row, f"{source}, row {row + 1}") for row in kept]
     return Feedback(
-        [where for _, where in rows],
-        [_text(table[text][row], where) for row, where in rows],
-        [tuple(_stored(table[name][row], path.parent, where) for name in pictures) for row, where in rows],
-        torch.tensor([_label(labels[row], pairs, where) for row, where in rows]),
+        [row.place for row in kept],
+        [row.prompt for row in kept],
+        [row.pictures for row in kept],
+        torch.tensor([row.scores[0] for row in kept]),
     )
 
 
@@ -87,52 +75,20 @@ def joined(sets: Sequence[Feedback]) -> Feedback:
     )
 
 
-def save_feedback(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one of the known column sets as parquet; pictures as bytes."""
+def save_feedback(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Rows of one of the known column sets as parquet, pictures as bytes, whole or not at all; how many. All have the
+    first one's types."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
-
-
-def _read(path: Path, source: str) -> dict[str, list[Any]]:
+    walk, count, writer, aside = iter(rows), 0, None, path.with_name(f".{path.name}.part")
     try:
-        if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path).to_pydict()
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-            return {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
-    except (OSError, ArrowException, ValueError) as error:
-        raise UserError(f"{source}: cannot be read ({' '.join(str(error).split())}): give a whole file") from error
-    raise UserError(f"{source}: feedback ends in .parquet or .jsonl, not in {path.suffix!r}")
-
-
-def _what_is_missing(source: str, known: Sequence[tuple[str, ...]], there: list[str]) -> str:
-    """The column that is missing of the set that fits best, and the nearest that is there."""
-    best = max(known, key=lambda names: len(set(names) & set(there)))
-    missing = next(name for name in best if name not in there)
-    near = difflib.get_close_matches(missing, there, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    forms = " or ".join(", ".join(names) for names in known)
-    return f"{source}: has no column {missing}{hint} (it has {', '.join(there) or 'none'}; needed: {forms})"
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: the prompt is {value!r}: fill it in or drop the row")
-    return value
-
-
-def _stored(value: Any, folder: Path, where: str) -> bytes | Path:
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, str) and (path := folder / value).is_file():
-        return path
-    raise UserError(f"{where}: {value!r} is no picture: give its bytes or a path relative to {folder}")
-
-
-def _label(value: Any, pairs: bool, where: str) -> float:
-    if not isinstance(value, int | float) or value != value or (pairs and value not in (0, 0.5, 1)):
-        expected = "1 (the first), 0 (the second) or 0.5 (a tie)" if pairs else "a number"
-        raise UserError(f"{where}: the label is {value!r}: it must be {expected}")
-    return float(value)
+        while group := list(islice(walk, ROW_GROUP)):
+            table = pyarrow.Table.from_pylist(group, schema=writer and writer.schema)
+            writer = writer or pyarrow.parquet.ParquetWriter(aside, table.schema)
+            writer.write_table(table)
+            count += len(group)
+        if writer:
+            writer.close()
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return count

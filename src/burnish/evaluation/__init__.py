@@ -1,6 +1,6 @@
 """Does the model do what it was trained for, and what did it give up for it."""
 
-from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, check_judgeable, evaluate, wilson
+from burnish.evaluation.accuracy import Accuracy, Detector, Evaluation, check_judgeable, evaluate, wilson, win_rate
 from burnish.evaluation.diversity import group_distance, thumbnails
 from burnish.rewards.rules.geneval_rules import Verdict, geneval_verdict, relations
 
@@ -16,4 +16,5 @@ __all__ = [
     "relations",
     "thumbnails",
     "wilson",
+    "win_rate",
 ]

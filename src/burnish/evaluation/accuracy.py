@@ -58,6 +58,13 @@ class Evaluation:
         variance = sum(a.mean * (1 - a.mean) / a.count for a in kinds) / len(kinds) ** 2
         return max(0.0, self.overall() - 1.96 * variance**0.5), min(1.0, self.overall() + 1.96 * variance**0.5)
 
+    def scores(self) -> Tensor:
+        """How good each picture is, [batch]: half the strict verdict and half the partial credit, or without a detector
+        its reward."""
+        if not self.verdicts and self.rewards is not None:
+            return self.rewards.float()
+        return torch.tensor([(verdict.correct + float(verdict.score)) / 2 for verdict in self.verdicts])
+
     def row(self) -> dict[str, float]:
         """The evaluation as metrics: `eval/accuracy`, its bounds, and `eval/accuracy/<kind>` with theirs; the mean
         `eval/reward`; and where a prompt has several pictures `eval/diversity`, their `group_distance`."""
@@ -85,6 +92,14 @@ def wilson(correct: Sequence[bool], z: float = 1.96) -> Accuracy:
     centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
     return Accuracy(mean, max(0.0, centre - half), min(1.0, centre + half), count)
+
+
+def win_rate(scores: Tensor, others: Tensor) -> Accuracy:
+    """How often a score [batch] is above the other of its place, ties counting half; 95% interval, normal."""
+    won = (scores > others).float() + (scores == others).float() / 2
+    mean, count = won.mean().item(), len(won)
+    half = 1.96 * (won.std(correction=0).item() ** 2 / count) ** 0.5
+    return Accuracy(mean, max(0.0, mean - half), min(1.0, mean + half), count)
 
 
 def check_judgeable(prompts: Sequence[Mapping[str, Any]]) -> None:

@@ -31,7 +31,11 @@ def open_target(
     """
     config = run_config(target)
     model, dtype = str(target), torch.float32
-    if config is not None:
+    if config is not None and not config.lora:
+        model = str(Path(target) / config.product)
+        if not Path(model).is_dir():
+            raise UserError(f"{target} has no {config.product}: finish it with `burnish resume {target}`")
+    elif config is not None:
         model, dtype = config.model, getattr(torch, config.weight_dtype)
         own = Path(target) / "adapter"
         if adapters is None and not (own / ADAPTER_FILE).is_file():

@@ -9,7 +9,6 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from burnish.checkpoint import atomic_write
-from burnish.rewards import reward_title
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -22,14 +21,16 @@ def write_card(
     paper: str,
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    signal: str,
     prompt: str,
     picture: Path | None = None,
 ) -> Path:
     """Write `README.md` into a run's directory and return its path.
 
-    `algorithm`: its title; `config`: the run's settings, whose `evaluation` says with which steps and guidance the
-    accuracy in `metrics` was measured; `prompt`: an example; `picture`: relative to `directory`. The snippet runs
-    from `directory` with stock diffusers. A base model that is no hub id is not named in the metadata: the hub would
+    `algorithm`: its title; `signal`: what it learnt from, in words; `config`: the run's settings, whose `evaluation`
+    says with which steps and guidance the accuracy in `metrics` was measured; `prompt`: an example; `picture`: relative
+    to `directory`. The snippet runs from `directory` with stock diffusers. A base model that is no hub id is not named
+    in the metadata: the hub would
     not find it, and a path belongs to one machine only.
     """
     on_hub = HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
@@ -38,7 +39,7 @@ def write_card(
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusers", "lora", "text-to-image", "burnish", tag],
+        tags=["diffusers", *(["lora"] if config["lora"] else []), "text-to-image", "burnish", tag],
         base_model=base_model if on_hub else None,
         **example,
     )
@@ -48,13 +49,13 @@ def write_card(
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}, post-trained with {algorithm}",
-        f"A LoRA for `{name}`, trained for {metrics['step']} rounds with [{algorithm}]({paper}) on the reward "
-        f"`{reward_title(config['reward'])}`.",
+        f"{'A LoRA for' if config['lora'] else 'All weights of'} `{name}`, trained for {metrics['step']} rounds with "
+        f"[{algorithm}]({paper}) on the {signal}.",
         f"![Samples, a row for each prompt]({picture.as_posix()})" if picture else "",
         _results(metrics, settings),
         "## Use",
         "From this folder, with the steps and the guidance of the evaluation:",
-        f"```python\n{_snippet(base_model, on_hub, settings, prompt)}```",
+        f"```python\n{_snippet(base_model, on_hub, settings, prompt, whole=not config['lora'])}```",
         "## Make it again",
         "```sh\nburnish train config.yaml output_dir=runs/again\n```",
         f"<details><summary>config.yaml</summary>\n\n```yaml\n{recipe}```\n\n</details>",
@@ -81,8 +82,10 @@ def _results(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt: str) -> str:
-    if on_hub:
+def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt: str, *, whole: bool) -> str:
+    if whole:
+        imports, base = "", '"pipeline"'
+    elif on_hub:
         imports, base = "", f'"{base_model}"'
     elif base_model.startswith("package:"):
         imports, base = "from burnish.data import resolve\n", f'resolve("{base_model}")'
@@ -91,8 +94,8 @@ def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt:
     return (
         f"import torch\n{imports}from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({base})\n"
-        'pipe.load_lora_weights("adapter")\n'
-        "image = pipe(\n"
+        + ("" if whole else 'pipe.load_lora_weights("adapter")\n')
+        + "image = pipe(\n"
         f"    {prompt!r},\n"
         f"    num_inference_steps={settings['steps']},\n"
         f"    guidance_scale={settings['guidance']},\n"

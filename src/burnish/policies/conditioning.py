@@ -33,21 +33,33 @@ class Conditioning:
 
 
 class PromptCache:
-    """Encodes each prompt once and keeps the result for as long as the policy lives.
+    """Encodes each prompt once and keeps the result for as long as the policy lives, or until `most` bytes are full:
+    then what was not asked for longest is encoded again when it comes.
 
     One prompt at a time: in a batch an encoding depends, in its last bits, on what else is in it, and a resumed run
     meets its prompts in another company.
     """
 
-    def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        self._encode = encode
-        self._rows: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, encode: Callable[[list[str]], dict[str, Tensor]], most: int = 2 << 30) -> None:
+        self._encode, self.most, self.held = encode, most, 0
+        self._rows: dict[str, dict[str, Tensor]] = {}  # the first is the one that was not asked for longest
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Tensors [batch, ...] for `prompts`, in their order."""
-        for prompt in prompts:
-            if prompt not in self._rows:
-                self._rows[prompt] = {name: tensor[0] for name, tensor in self._encode([prompt]).items()}
-        rows = [self._rows[prompt] for prompt in prompts]
+        rows = [self._row(prompt) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, prompt: str) -> dict[str, Tensor]:
+        row = self._rows.pop(prompt, None)
+        if row is None:
+            row = {name: tensor[0].clone() for name, tensor in self._encode([prompt]).items()}
+            self.held += _bytes(row)
+        self._rows[prompt] = row
+        while self.held > self.most and len(self._rows) > 1:
+            self.held -= _bytes(self._rows.pop(next(iter(self._rows))))
+        return row
+
+
+def _bytes(row: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in row.values())

@@ -1,9 +1,11 @@
 """A diffusers pipeline seen as a policy: what post-training needs of it, and nothing else.
 
 The pipeline stays genuine: its own scheduler gives the schedule, its own `encode_prompt` the conditioning, its own VAE
-the pictures, its own `save_lora_weights` the file. Only the network's LoRA is trained, in fp32 whatever the rest is in.
+the pictures, its own `save_lora_weights` the file. The network's LoRA is trained, in fp32 whatever the rest is in, or
+all of the network.
 """
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +35,9 @@ class LoraConfig:
 
     rank: Annotated[int, Gt(0)] = 32
     alpha: Annotated[float, Gt(0)] = 64  # the adapter's output is scaled by alpha / rank
-    targets: Literal["attention", "all-linear"] = "attention"  # q, k, v, out (of both streams), or every linear layer
+    # q, k, v, out (of both streams); every linear layer; or the ends of the names of those that are meant
+    targets: Literal["attention", "all-linear"] | list[str] = "attention"
+    dora: bool = False  # a length for each column of a weight besides (Liu et al. 2024, arXiv 2402.09353)
     # Added into the weights at each call instead of run beside them: one product a layer instead of three, which is
     # quicker where the network is small; a large one pays a copy of its weights. Needs fp32 weights.
     merged: bool = False
@@ -57,6 +61,8 @@ class Policy(ABC):
         self.lora_scale = 1.0
         self.offloaded = False
         self._prompts = PromptCache(self._encode_awake)
+        self._base: nn.Module | None = None  # the network as it was, where all of it is trained
+        self._at_base = False
         self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
         self._merging = False
 
@@ -85,6 +91,10 @@ class Policy(ABC):
     def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         """The times of a chain of `steps` steps, the pipeline's own for a picture of this size."""
         return self.process.grid(steps)
+
+    def times(self, height: int | None = None, width: int | None = None) -> Tensor:
+        """All the times that the network was trained at, from the noisiest on, for a picture of this size."""
+        return self.grid(self.pipeline.scheduler.config.num_train_timesteps, height, width).times[:-1]
 
     # What post-training does with it ---------------------------------------------------------------------------------
 
@@ -183,17 +193,33 @@ class Policy(ABC):
         self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch *latent"]:
         """Scaled latents of pictures in [0, 1]; a VAE with a posterior is sampled from with `generator`."""
+        encoded = self._encoded(images)
+        return self._scaled(
+            encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
+        )
+
+    def posterior(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch moments *latent"]:
+        """Scaled latents of pictures in [0, 1] as a mean, and where the VAE has a posterior its std as well."""
+        encoded = self._encoded(images)
+        if not hasattr(encoded, "latent_dist"):
+            return self._scaled(encoded.latents)[:, None]
+        told = encoded.latent_dist
+        return torch.stack([self._scaled(told.mean), told.std.float() * self.pipeline.vae.config.scaling_factor], dim=1)
+
+    def _encoded(self, images: Tensor) -> Any:
         vae = self.pipeline.vae
         with self._awake(vae):
-            encoded = vae.encode((images * 2 - 1).to(vae.dtype))
-        latents = encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-        return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+            return vae.encode((images * 2 - 1).to(vae.dtype))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        return (latents.float() - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
     @contextmanager
     def reference(self, *, gradient: bool = False) -> Iterator[None]:
         """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept, unless one with
         respect to the latents is asked for."""
-        if self.lora is None:
+        if self.lora is None and self._base is None:
             raise ValueError("this policy has no adapter to switch off: load it with lora=LoraConfig(...)")
         self._switch_adapter(on=False)
         try:
@@ -203,7 +229,9 @@ class Policy(ABC):
             self._switch_adapter(on=True)
 
     def _switch_adapter(self, on: bool) -> None:
-        if self._merged:
+        if self._base is not None:
+            self._at_base = not on
+        elif self._merged:
             self._merging = on
         elif on:
             self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
@@ -212,6 +240,8 @@ class Policy(ABC):
 
     def _network(self, *inputs: Any, **named: Any) -> Any:
         """The network with its adapter, beside the weights (peft's way) or added into them (`LoraConfig.merged`)."""
+        if self._at_base and self._base is not None:
+            return self._base(*inputs, **named)
         if not self._merging:
             return self.module(*inputs, **named)
         with torch.autocast(self.device.type, enabled=False):  # the sum is of fp32
@@ -247,14 +277,17 @@ class Policy(ABC):
                 f"lora.merged adds the adapter into the weights, and {self.dtype} rounds it away: set "
                 "weight_dtype=float32 (mixed_precision=bf16 may stay), or lora.merged=false"
             )
-        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
-        targets = linear if config.targets == "all-linear" else list(self.attention_targets)
+        if config.merged and config.dora:
+            raise UserError(
+                "lora.merged adds a product into the weights, and lora.dora is no sum: set one of them false"
+            )
         self.module.add_adapter(  # pyright: ignore[reportCallIssue]
             peft.LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
                 init_lora_weights="gaussian",
-                target_modules=targets,
+                target_modules=self._targets(config.targets),
+                use_dora=config.dora,
             )
         )
         for parameter in self.trainable().values():
@@ -269,6 +302,33 @@ class Policy(ABC):
             self._merged = {f"{name}.base_layer.weight": layer for name, layer in layers}
             self._merging = True
 
+    def _targets(self, told: str | list[str]) -> list[str]:
+        """The layers that an adapter is put on, or the ends of their names."""
+        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        if isinstance(told, str):
+            return linear if told == "all-linear" else list(self.attention_targets)
+        for end in told:
+            if not any(name == end or name.endswith(f".{end}") for name in linear):
+                raise UserError(
+                    f"lora.targets: no linear layer of the {type(self.module).__name__} is called {end}: give the ends "
+                    f"of such names as {', '.join(linear[:3])}"
+                )
+        return told
+
+    def train_whole(self, *, reference: bool) -> None:
+        """Make all of the network trainable; with `reference` a frozen copy stays what it was.
+
+        Raises UserError for weights that are not fp32: an update of a half-precision weight is mostly rounded away.
+        """
+        if self.dtype != torch.float32:
+            raise UserError(
+                f"lora=null trains all weights, and they are {self.dtype}: set weight_dtype=float32 "
+                "(mixed_precision=bf16 may stay)"
+            )
+        if reference:
+            self._base = copy.deepcopy(self.module)
+        self.module.requires_grad_(True)
+
     def scale_lora(self, scale: float) -> None:
         """Multiply what the adapter adds by `scale`, here and in what is saved: 0 is the base, 1 the adapter as it is
         trained."""
@@ -280,11 +340,15 @@ class Policy(ABC):
         self.lora_scale = scale
 
     def save(self, directory: str | Path) -> Path:
-        """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads.
+        """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads;
+        where the whole network is trained, the pipeline.
 
         The factor alpha / rank is multiplied into B and the file says alpha = rank, so that readers which know
         nothing of alpha scale the adapter rightly too.
         """
+        if self.lora is None and self.trainable():
+            self.pipeline.save_pretrained(directory)
+            return Path(directory)
         if self.lora is None:
             raise ValueError("this policy has no adapter to save: load it with lora=LoraConfig(...)")
         state = peft.get_peft_model_state_dict(self.module)  # pyright: ignore[reportArgumentType]

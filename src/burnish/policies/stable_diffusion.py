@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from burnish.processes import VariancePreserving
 
 
 class StableDiffusionPolicy(Policy):
+    process: VariancePreserving
+
     attention_targets = ("to_q", "to_k", "to_v", "to_out.0")  # ddpo-pytorch: all attention q, k, v, out
 
     def __init__(self, pipeline: StableDiffusionPipeline) -> None:
@@ -34,6 +37,9 @@ class StableDiffusionPolicy(Policy):
         default, factor = self.pipeline.unet.config.sample_size, self.pipeline.vae_scale_factor
         sides = [side // factor if side else default for side in (height, width)]
         return (self.pipeline.unet.config.in_channels, sides[0], sides[1])
+
+    def times(self, height: int | None = None, width: int | None = None) -> Tensor:
+        return torch.arange(len(self.process.alphas_cumprod) - 1, -1, -1)
 
     def _save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         type(self.pipeline).save_lora_weights(

@@ -1,5 +1,6 @@
 """`report.html`: a run told from its directory alone, whether it is finished, stopped or still going on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from burnish.rewards import reward_title
 PLOTS: dict[str, dict[str, str]] = {
     "Reward": {"mean": "reward", "held-out pictures": "eval/reward"},
     "Spread of the reward": {"standard deviation": "reward_std"},
+    "Held-out pictures better than the base's": {"win rate": "eval/win_rate"},
+    "Denoising error": {
+        "better picture": "winner_error",
+        "worse picture": "loser_error",
+        "all": "error",
+    },
+    "Implicit reward": {"better": "rewards/chosen", "worse": "rewards/rejected", "margin": "rewards/margins"},
+    "Pairs in the right order": {"fraction": "implicit_accuracy"},
     "Diversity of held-out pictures": {"distance": "eval/diversity"},
     "Diversity inside a group (pixels)": {"distance": "diversity/pixels"},
     "Diversity inside a group (latents)": {"distance": "diversity/latents"},
@@ -35,7 +44,7 @@ PLOTS: dict[str, dict[str, str]] = {
     "Loss": {"loss": "loss"},
     "Learning rate": {"rate": "learning_rate"},
 }
-FRACTIONS = {"clip_ratio/region_mean", "frac_reward_zero_std", "above_margin"}
+FRACTIONS = {"clip_ratio/region_mean", "frac_reward_zero_std", "above_margin", "eval/win_rate", "implicit_accuracy"}
 STAGES = ("rollout", "reward", "update")
 
 DIVERSITY_LOSS = 0.3  # a fall of more than this fraction is worth a warning
@@ -52,8 +61,7 @@ def write_online_report(run: Path) -> Path:
     page = render(
         "report.html.j2",
         title=f"{config['algorithm']} on {Path(config['model']).name}",
-        subtitle=f"{config['model']}, reward {reward_title(config['reward'])}, "
-        f"{rows[-1]['step']} of {config['rounds']} rounds",
+        subtitle=f"{config['model']}, {learnt_from(config)}, {rows[-1]['step']} of {config['rounds']} rounds",
         figures=_figures(rows, evaluated),
         sentence=_sentence(rows, evaluated, config["rounds"]),
         warnings=find_warnings(rows),
@@ -72,10 +80,17 @@ def write_online_report(run: Path) -> Path:
     return path
 
 
-def describe(run: Path, *, title: str, paper: str) -> None:
+def learnt_from(config: Mapping[str, Any]) -> str:
+    """The reward, or the data, that a run's settings name, in words."""
+    if "data" not in config:
+        return f"reward {reward_title(config['reward'])}"
+    return f"data {', '.join(Path(source).name for source in config['data']['source'])}"
+
+
+def describe(run: Path, *, title: str, paper: str, prompt: str | None = None) -> None:
     """Write what people read of a run: `report.html`, and `README.md`, the adapter's model card.
 
-    `title` and `paper`: the algorithm's.
+    `title` and `paper`: the algorithm's. `prompt`: an example; by default the first that is evaluated or trained on.
     """
     write_online_report(run)
     config = read_recipe(run / "config.yaml")
@@ -90,7 +105,8 @@ def describe(run: Path, *, title: str, paper: str) -> None:
         paper=paper,
         config=config,
         metrics=metrics,
-        prompt=load_prompts(config["evaluation"]["prompts"] or config["prompts"])[0]["prompt"],
+        signal=learnt_from(config),
+        prompt=prompt or load_prompts(config["evaluation"]["prompts"] or config["prompts"])[0]["prompt"],
         picture=pictures[-1].relative_to(run) if pictures else None,
     )
 
@@ -132,6 +148,9 @@ def _figures(rows: Rows, evaluated: Rows) -> list[dict[str, str]]:
         for row in evaluated[:: max(1, len(evaluated) - 1)]:
             label = "Base model" if row["step"] == 0 else f"After round {row['step']}"
             figures.append({"label": label, "value": percent(row["eval/accuracy"]), "note": f"95%: {_interval(row)}"})
+    won = series(rows, "eval/win_rate")
+    if won:
+        figures.append({"label": "Win rate", "value": percent(won[-1][1]), "note": "against the base, ties half"})
     reward = series(rows, "reward")
     if reward:
         note = f"in round {reward[-1][0]:g}; {reward[0][1]:.3g} in round {reward[0][0]:g}"

@@ -60,6 +60,10 @@ class Session:
     stopper: EarlyStop | None
     round: int = 0
 
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return list(self.stream.prompts)
+
     def state(self) -> dict[str, Any]:
         return {
             "round": self.round,
@@ -109,7 +113,7 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
     route.check(config.rollout.steps)
     policy = load_trained(config, accelerator)
     check_steps(policy, config)
-    pixels = policy.pixels(config.rollout.height, config.rollout.width)
+    pixels = policy.pixels(*config.size)
     tape = Tape(policy, config.memory, lambda: 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
     check_gradient(tape, reward, prompts[0], config)
     session = Session(
@@ -126,7 +130,7 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
         pretraining=Pretraining(config.pretraining, config.seed, pixels) if config.pretraining.pictures else None,
         held_out=held_out,
         detector=detector,
-        run=Run(config.output_dir, writes=accelerator.is_main_process),
+        run=Run(config.output_dir, product=config.product, writes=accelerator.is_main_process),
         stopper=EarlyStop(config.early_stop) if config.early_stop else None,
     )
     begin(session, resuming=resuming)
@@ -135,7 +139,7 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
 
 def check_gradient(tape: Tape, reward: Judge, line: Mapping[str, Any], config: BackpropConfig) -> None:
     """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
-    shape = tape.policy.latent_shape(config.rollout.height, config.rollout.width)
+    shape = tape.policy.latent_shape(*config.size)
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(config.seed))
     latents = noise.to(tape.policy.device).requires_grad_()
     before = reward.state_dict()
@@ -202,7 +206,7 @@ def losses(session: Session, rewarding: Rewarding) -> Iterator[Loss]:
 def batches(session: Session) -> list[Batch]:
     """This process' share of the round's pictures, as many at once as the network takes."""
     config, policy, accelerator = session.config, session.policy, session.accelerator
-    size = (config.rollout.height, config.rollout.width)
+    size = config.size
     grid, shape = policy.grid(config.rollout.steps, *size), policy.latent_shape(*size)
     lines = session.stream.round(session.round)
     share = len(lines) // accelerator.num_processes

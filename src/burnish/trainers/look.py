@@ -1,13 +1,15 @@
 """Looking at a run from outside: fixed pictures, and held-out evaluation."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from burnish.data import PromptStream
-from burnish.evaluation import Detector, Evaluation, evaluate
+from burnish.checkpoint import atomic_write
+from burnish.evaluation import Detector, Evaluation, evaluate, win_rate
 from burnish.monitors import EarlyStop
 from burnish.pictures import one_of_each_kind, save_grid
 from burnish.policies import Policy
@@ -24,14 +26,19 @@ class Watched(Protocol):
 
     config: Any
     policy: Policy
-    reward: Judge
     update: Update
-    stream: PromptStream
     held_out: list[dict[str, Any]]
     detector: Callable[..., Any] | None
     run: Run
     stopper: EarlyStop | None
     round: int
+
+    @property
+    def reward(self) -> Judge | None: ...
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """Those that it trains on, or some of them."""
+        ...
 
 
 def look(session: Watched) -> dict[str, float]:
@@ -40,13 +47,31 @@ def look(session: Watched) -> dict[str, float]:
     last, row = step == config.rounds, {}
     with session.policy.weights(session.update.evaluated()):
         if session.run.writes and (last or step % config.sample_every == 0):
-            prompts = one_of_each_kind(session.held_out or session.stream.prompts)
+            prompts = one_of_each_kind(session.held_out or session.prompts)
             save_samples(session, prompts, session.run.directory / f"samples/step-{step:06d}.png")
         if session.held_out and (last or step % config.evaluation.every == 0):
-            row = evaluation(session).row()
+            found = evaluation(session)
+            row = found.row() | against_base(session, found)
     if session.stopper:
         session.stopper.saw(step, row, session.update.evaluated())
     return row
+
+
+def against_base(session: Watched, found: Evaluation) -> dict[str, float]:
+    """`eval/win_rate`: how often a held-out picture is better than the base's of the same seed, ties counting half.
+
+    The base's scores are those of round 0, kept in the run's directory.
+    """
+    path, scores = session.run.directory / "base_scores.json", found.scores()
+    if session.round == 0:
+        if session.run.writes:
+            atomic_write(path, json.dumps(scores.tolist()) + "\n")
+        return {}
+    if not path.is_file():
+        return {}
+    base = torch.tensor(json.loads(path.read_text("utf-8")))
+    rate = win_rate(scores, base)
+    return {"eval/win_rate": rate.mean, "eval/win_rate_low": rate.low, "eval/win_rate_high": rate.high}
 
 
 def published(session: Watched) -> dict[str, Tensor]:
@@ -93,7 +118,7 @@ def save_samples(session: Watched, prompts: Sequence[Mapping[str, Any]], path: P
         guidance=settings.guidance,
         seeds=[settings.seed + number for _ in texts for number in range(each)],
         batch_size=settings.batch_size,
-        height=session.config.rollout.height,
-        width=session.config.rollout.width,
+        height=session.config.size[0],
+        width=session.config.size[1],
     )
     save_grid(session.policy.decode(rollout.latents), path, columns=each, labels=texts)

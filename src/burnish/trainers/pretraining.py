@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from burnish.data import decode, load_pictures
+from burnish.data import decode, fitted, load_pictures
 from burnish.errors import UserError
 from burnish.objectives import sft
 from burnish.policies import Policy
@@ -46,7 +45,7 @@ class Pretraining:
         with torch.no_grad():
             images = torch.stack([self.fitted(one.stored, one.name) for one in chosen]).to(policy.device)
             x0 = policy.encode_images(images, generator)
-        times = policy.grid(policy.pipeline.scheduler.config.num_train_timesteps, *self.size).times[:-1]
+        times = policy.times(*self.size)
         time = times[torch.randint(len(times), (len(chosen),), generator=generator)]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x = policy.process.add_noise(x0, noise, time)
@@ -62,8 +61,4 @@ class Pretraining:
             image = decode(stored)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise UserError(f"pretraining.pictures, {name}: {error}: take it out") from error
-        scale = max(side / length for side, length in zip(self.size, image.shape[1:], strict=True))
-        sides = [max(side, round(length * scale)) for side, length in zip(self.size, image.shape[1:], strict=True)]
-        image = F.interpolate(image[None], sides, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
-        top, left = ((length - side) // 2 for side, length in zip(self.size, sides, strict=True))
-        return image[:, top : top + self.size[0], left : left + self.size[1]]
+        return fitted(image, self.size)

@@ -58,5 +58,6 @@ def run_rounds(session: Running, one_round: Callable[[Any], Mapping[str, float]]
             with session.policy.weights(published(session)):
                 run.publish(session.policy.save(run.clear_aside()))
             row = ALGORITHMS[config.algorithm]
-            describe(run.directory, title=row.title, paper=row.paper)
+            prompt = None if session.held_out else session.prompts[0]["prompt"]
+            describe(run.directory, title=row.title, paper=row.paper, prompt=prompt)
     return run.directory

@@ -27,7 +27,7 @@ from burnish.policies import Policy, load_policy
 from burnish.replay import Replay
 from burnish.rewards import Judge, load_callable, load_judge
 from burnish.trainers.run import Run
-from burnish.trainers.settings import OnlineConfig, RunConfig
+from burnish.trainers.settings import OnlineConfig, RunConfig, SamplingConfig
 from burnish.trainers.update import Update
 
 
@@ -71,6 +71,10 @@ class Session:
     origin: Origin | None = None
     ahead: Any = None
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "reward"))
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return list(self.stream.prompts)
 
     def everywhere(self, values: Tensor) -> Tensor:
         """`values` [share, ...] of every process, one after the other, on every process."""
@@ -139,7 +143,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
         stream=PromptStream(prompts, seed=config.seed, per_round=config.prompts_per_round, focus=config.focus),
         held_out=held_out,
         detector=detector,
-        run=Run(config.output_dir, writes=accelerator.is_main_process),
+        run=Run(config.output_dir, product=config.product, writes=accelerator.is_main_process),
         stopper=EarlyStop(config.early_stop) if config.early_stop else None,
     )
     begin(session, resuming=resuming)
@@ -185,10 +189,14 @@ def load_held_out(config: RunConfig) -> tuple[list[dict[str, Any]], Callable[...
 
 
 def load_trained(config: RunConfig, accelerator: Accelerator) -> Policy:
-    """The policy with a fresh adapter, as the algorithm's row needs it."""
+    """The policy with a fresh adapter, or all of it trainable, as the algorithm's row needs it."""
     row = ALGORITHMS[config.algorithm]
     torch.manual_seed(config.seed)  # the adapter's first weights
     policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
+    if config.lora is None:
+        named = inspect.signature(partial(row.objective, **config.objective)).parameters
+        asks = any("reference" in name or name in ("kl", "old_kl") for name in named)
+        policy.train_whole(reference=asks or bool(getattr(config, "kl_reward", 0)))
     policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
@@ -225,7 +233,7 @@ def make_accelerator(config: Launch) -> Accelerator:
     )
 
 
-def make_sampler(policy: Policy, config: RunConfig, name: str) -> Any:
+def make_sampler(policy: Policy, config: SamplingConfig, name: str) -> Any:
     """The process' sampler of this name, with the run's noise level."""
     try:
         return policy.process.sampler(name, config.rollout.noise_level)
@@ -233,7 +241,7 @@ def make_sampler(policy: Policy, config: RunConfig, name: str) -> Any:
         raise UserError(f"rollout: {error}") from error
 
 
-def check_steps(policy: Policy, config: RunConfig) -> None:
+def check_steps(policy: Policy, config: SamplingConfig) -> None:
     """Whether the pipeline's scheduler has so many steps."""
     steps, most = config.rollout.steps, policy.pipeline.scheduler.config.num_train_timesteps
     if steps > most:

@@ -38,23 +38,19 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run that samples its own pictures depends on."""
+    """What every run depends on."""
 
     algorithm: str
     model: str  # hub id, folder, or package:module/folder
-    prompts: str  # .txt or .jsonl
-    reward: str | RewardConfig  # a name of `burnish reward list`, module:function, file.py:function; or several
     rounds: Annotated[int, Gt(0)]
     output_dir: str
     seed: int = 0
-    prompts_per_round: Annotated[int, Gt(0)] = 48
     batch_size: Annotated[int, Gt(0)] = 8  # pictures in one network call, in rollout and training alike
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     weight_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
     gradient_checkpointing: bool = False  # the network's activations are computed again: less memory, a third slower
     offload: bool = False  # VAE and text encoders wait in main memory until they are called
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)  # null: all of the network is trained
     objective: dict[str, Any] = field(default_factory=dict)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -64,9 +60,33 @@ class RunConfig:
     checkpoint_keep: Annotated[int, Gt(0)] = 3
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
+    @property
+    def product(self) -> str:
+        """What the folder with the trained weights is called."""
+        return "adapter" if self.lora else "pipeline"
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width of a picture in pixels, where they are not the model's own."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineConfig(RunConfig):
+class SamplingConfig(RunConfig):
+    """What every run that samples its own pictures depends on."""
+
+    prompts: str  # .txt or .jsonl
+    reward: str | RewardConfig  # a name of `burnish reward list`, module:function, file.py:function; or several
+    prompts_per_round: Annotated[int, Gt(0)] = 48
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        return self.rollout.height, self.rollout.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(SamplingConfig):
     """Everything an online run depends on. Sizes: Flow-GRPO's 48 groups of 24 pictures, two updates a round."""
 
     focus: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of them drawn by the spread of their rewards; 0: epochs only
@@ -99,13 +119,13 @@ class PretrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackpropConfig(RunConfig):
+class BackpropConfig(SamplingConfig):
     """Everything a run by back-propagation depends on; a round is an update. Defaults: DRaFT's small runs (paper,
     appendix B; aesthetics): 4 pictures an update, 50 steps of DDIM, guidance 7.5, AdamW 4e-4 with weight decay 0.1."""
 
     prompts_per_round: Annotated[int, Gt(0)] = 4
     batch_size: Annotated[int, Gt(0)] = 4
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8, alpha=8))
+    lora: LoraConfig | None = field(default_factory=lambda: LoraConfig(rank=8, alpha=8))
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(steps=50, guidance=7.5, sampler="ode"))
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(learning_rate=4e-4, weight_decay=0.1, ema_decay=0.0)
@@ -119,6 +139,47 @@ class BackpropConfig(RunConfig):
     def optimiser_steps(self) -> int:
         """Of the whole run."""
         return self.rounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Given pictures, and what is said of them. They are read, checked and encoded once, before the first round."""
+
+    source: list[str]  # files, folders, or sets of the hub; together they are one
+    cache: str | None = None  # an SQLite file of latents that runs may share; null: one in output_dir
+    height: Annotated[int, Gt(0)] | None = None  # pixels; null: the model's own
+    width: Annotated[int, Gt(0)] | None = None
+    fit: Literal["cut", "exact"] = "cut"  # other sizes are scaled and their middle is cut out, or they are an error
+    judge: str | RewardConfig | None = None  # says which picture is better, in the place of what the data says
+    ranked_by_parts: bool = False  # a score is the share of the others that a picture beats, over the judge's parts
+    limit: Annotated[int, Gt(0)] | None = None  # rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(RunConfig):
+    """Everything an offline run depends on; a round is an update. Sizes: DiffusionDPO's launchers for SD1.5 (2000
+    updates of 2048 pairs at 2.048e-5 with scale_lr)."""
+
+    data: DataConfig
+    rows_per_round: Annotated[int, Gt(0)] = 2048
+    reward: str | RewardConfig | None = None  # judges held-out pictures where evaluation.reward says so
+    material: dict[str, Any] = field(default_factory=dict)
+    noising: dict[str, Any] = field(default_factory=dict)
+    # null: the reference is asked at every visit of a row. A number: its errors are computed before the first round,
+    # for so many draws of time and noise of each row, and kept beside the latents; visits take these draws in turn.
+    reference_draws: Annotated[int, Gt(0)] | None = None
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(learning_rate=2.048e-5, weight_decay=1e-2, warmup_steps=500, ema_decay=0.0)
+    )
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Of the whole run."""
+        return self.rounds
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        return self.data.height, self.data.width
 
 
 def load_run(schema: type[T], trainer: str, recipe: str | Path, overrides: Sequence[str] = ()) -> T:

@@ -1,89 +1,19 @@
-"""The table of all algorithms: what each is made of, what it needs, and where it comes from.
+"""Methods that learn from pictures they have sampled themselves."""
 
-A trainer knows no algorithm by name; it is handed a row. Docs, `burnish algorithms` and the config are made from it.
-A part whose defaults are another method's is a `partial` that says so: settings and their defaults are read from it.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 from burnish import objectives
+from burnish.algorithms.row import DDPM, FLOW, Algorithm, online
 from burnish.collectors import Branches, Independent, Tree, Window
 from burnish.credit import ByDepth, GroupRelative, PerPrompt, PreferenceRelative, Raw
 from burnish.replay import Buffer, ForwardProcess, StoredTransitions
-from burnish.routes import (
-    Adjoint,
-    ContiguousCut,
-    IndependentCut,
-    LastSteps,
-    LowVariance,
-    NoisePrior,
-    RandomSteps,
-    RandomStop,
-)
 from burnish.value import ValueBaseline
-
-FLOW, DDPM = "rectified_flow", "variance_preserving"
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """`parts`: what the `trainer` puts together with the `objective`, the pure function, by the name of their section
-    in a recipe. `processes`: those it is defined on; `sampler`: the only one it goes with; `needs`: in words, of the
-    sampling and of the signal."""
-
-    title: str
-    family: Literal["policy gradient", "forward process", "regression", "reward gradient"]
-    trainer: Literal["online", "backprop"]
-    parts: Mapping[str, Callable[..., Any]]
-    processes: tuple[str, ...]
-    needs: str
-    paper: str
-    summary: str
-    result: str
-    sampler: str | None = None
-
-    @property
-    def objective(self) -> Callable[..., Any]:
-        return self.parts["objective"]
-
-    @property
-    def kinds(self) -> str:
-        """Of model, in words."""
-        return " or ".join({FLOW: "flow", DDPM: "DDPM"}[process] for process in self.processes)
-
-
-def online(
-    *,
-    objective: Callable[..., Any],
-    collector: Callable[..., Any],
-    advantages: Callable[..., Any],
-    replay: Callable[..., Any],
-    sampler: str | None = None,
-    **told: Any,
-) -> Algorithm:
-    """A row of `burnish.trainers.online`. `collector`: how a round is sampled; `advantages`: who is credited with what;
-    `replay`: how samples reach the objective."""
-    steps = "steps with noise" if replay().keep == "trajectory" else "any solver"
-    needs = steps if sampler is None else f"sampler {sampler}"
-    parts = {"collector": collector, "advantages": advantages, "objective": objective, "replay": replay}
-    return Algorithm(trainer="online", parts=parts, needs=needs, sampler=sampler, **told)
-
-
-def backprop(*, objective: Callable[..., Any], route: Callable[..., Any], **told: Any) -> Algorithm:
-    """A row of `burnish.trainers.backprop`. `route`: through which network calls the reward's gradient goes."""
-    needs = "a reward with a gradient"
-    parts = {"objective": objective, "route": route}
-    return Algorithm(family="reward gradient", trainer="backprop", parts=parts, needs=needs, **told)
-
 
 # DanceGRPO's and MixGRPO's code: group std with divisor n - 1, no 1e-4 under it.
 BY_GROUP = partial(GroupRelative, eps=1e-8, std="group", unbiased=True)
 WITHOUT_KL = partial(objectives.flow_grpo, kl_weight=0.0)
 
-ALGORITHMS: dict[str, Algorithm] = {
+ONLINE: dict[str, Algorithm] = {
     "ddpo": online(
         title="DDPO-IS",
         family="policy gradient",
@@ -282,86 +212,5 @@ ALGORITHMS: dict[str, Algorithm] = {
         paper="https://arxiv.org/abs/2509.25050",
         summary="a policy gradient with the flow-matching loss in the log-probability's place; any solver",
         result="SD3.5-M: Flow-GRPO's scores, up to 24 times quicker",
-    ),
-    "draft": backprop(
-        title="DRaFT",
-        objective=objectives.draft,
-        route=LastSteps,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2309.17400",
-        summary="the reward's gradient through the whole chain: layout can change, and hacking comes soonest",
-        result="SD1.4: above policy gradients on its rewards, in far fewer pictures (curves)",
-    ),
-    "draft_k": backprop(
-        title="DRaFT-K",
-        objective=objectives.draft,
-        route=partial(LastSteps, last=1),
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2309.17400",
-        summary="through the last K steps alone, one unless set: half the time, style and detail",
-        result="SD1.4: few steps do, and learn sooner than the whole chain (curves)",
-    ),
-    "draft_lv": backprop(
-        title="DRaFT-LV",
-        objective=objectives.draft,
-        route=LowVariance,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2309.17400",
-        summary="the last step from several noises: less variance for one more reward each",
-        result="SD1.4: the best HPSv2 of the three, and the soonest (curves)",
-    ),
-    "alignprop": backprop(
-        title="AlignProp",
-        objective=objectives.alignprop,
-        route=ContiguousCut,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2310.03739",
-        summary="through the steps after a random cut, towards a target; the repository's present rule",
-        result="SD1.5: higher rewards than DDPO in fewer steps (curves)",
-    ),
-    "alignprop_independent": backprop(
-        title="AlignProp, independent draws",
-        objective=partial(objectives.alignprop, form="linear", weight=1.0),  # TRL's former AlignPropTrainer
-        route=IndependentCut,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2310.03739",
-        summary="each step keeps its gradient by a draw of its own; the paper's code, and TRL's",
-        result="as AlignProp: its figures are of this rule",
-    ),
-    "alignprop_random": backprop(
-        title="AlignProp, K random steps",
-        objective=objectives.alignprop,
-        route=RandomSteps,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2310.03739",
-        summary="through K steps anywhere in the chain; what tutorials call AlignProp",
-        result="none: no code of the authors does it",
-    ),
-    "refl": backprop(
-        title="ReFL",
-        objective=objectives.refl,
-        route=RandomStop,
-        processes=(DDPM, FLOW),
-        paper="https://arxiv.org/abs/2304.05977",
-        summary="one late step, x0 as it is predicted there, and a hinge that ends where a picture is good",
-        result="SD1.4: preferred by people to the base and to fine-tuning on chosen pictures",
-    ),
-    "srpo": backprop(
-        title="SRPO",
-        objective=objectives.srpo,
-        route=NoisePrior,
-        processes=(FLOW, DDPM),
-        paper="https://arxiv.org/abs/2509.06942",
-        summary="one step at any noise level, early ones too; words before the prompt make the reward relative",
-        result="FLUX.1-dev: realism and aesthetics as people judge them up by over three times",
-    ),
-    "adjoint_matching": backprop(
-        title="Adjoint matching",
-        objective=objectives.adjoint_matching,
-        route=Adjoint,
-        processes=(FLOW, DDPM),
-        paper="https://arxiv.org/abs/2409.08861",
-        summary="regression on the reward's gradient as the base carries it back; ends at a tilted base, not a maximum",
-        result="a flow model: consistency and realism above DRaFT and ReFL, diversity kept",
     ),
 }

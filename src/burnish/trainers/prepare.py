@@ -1,0 +1,236 @@
+"""Given rows made ready: read once, checked, encoded once, and from then on found by number."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from burnish.data import Census, Fault, Judgement, LatentStore, Order, Stage, decode, fitted, picture_key, resolve
+from burnish.data.judgements import read_judgements
+from burnish.data.rows import count_rows
+from burnish.denoising import Material
+from burnish.denoising.material import beaten
+from burnish.errors import UserError
+from burnish.policies import Policy
+from burnish.rewards import Judge
+from burnish.trainers.settings import DataConfig
+
+AT_ONCE = 64  # rows between two commits
+STRICT = ("label out of range",)  # the columns were misread: no row of them can be trusted
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """`count` rows of the set `name` in `store`, whose latents have `shape`. `prompts`: the first few."""
+
+    store: LatentStore
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    order: Order
+    prompts: list[dict[str, Any]]
+
+    def rows(self, numbers: Sequence[int]) -> list[Stage]:
+        return self.store.rows(self.name, numbers)
+
+    def latents(self, stages: Sequence[Stage]) -> tuple[Tensor, Tensor | None]:
+        """Mean and std [rows, k, *latent] of their pictures."""
+        each = len(stages[0].keys)
+        mean, std = self.store.latents([key for stage in stages for key in stage.keys], self.shape)
+        return mean.unflatten(0, (-1, each)), None if std is None else std.unflatten(0, (-1, each))
+
+
+def prepare(
+    config: DataConfig,
+    policy: Policy,
+    material: Material,
+    judge: Judge | None,
+    accelerator: Accelerator,
+    *,
+    directory: Path,
+    seed: int,
+) -> Prepared:
+    """Read, check and encode what is not in the cache yet; the main process does, the others wait.
+
+    Raises UserError where no row is left, where labels are out of range, and for a cache of another VAE or size.
+    """
+    size = policy.pixels(config.height, config.width)
+    shape = policy.latent_shape(*size)
+    path = Path(config.cache) if config.cache else directory / "latents.sqlite"
+    name = set_name(config, material)
+    if accelerator.is_main_process:
+        store = LatentStore(path, {"VAE": fingerprint(policy.pipeline.vae), "size": list(size)})
+        if store.census(name) is None:
+            with torch.no_grad():
+                _fill(store, name, config, policy, material, judge, size)
+    accelerator.wait_for_everyone()
+    store = LatentStore(path, {})
+    told = store.census(name)
+    if told is None:
+        raise UserError(f"{path}: the main process could not prepare the data: its own line says why")
+    census = Census.from_json(told)
+    Console(quiet=not accelerator.is_main_process).print(f"data: {census.sentence()}", highlight=False)
+    if not census.kept:
+        why = max(census.faults, key=lambda fault: census.faults[fault])
+        raise UserError(
+            f"{', '.join(config.source)}: no row is left to train on ({census.sentence()}); the first {why}: "
+            f"{census.examples[why][0]}"
+        )
+    groups, share = material.groups(store.first_scores(name))
+    prompts = [
+        {"prompt": prompt}
+        for prompt in dict.fromkeys(row.prompt for row in store.rows(name, range(min(64, census.kept))))
+    ]
+    return Prepared(store, name, census.kept, shape, Order(groups, seed, share), prompts)
+
+
+def set_name(config: DataConfig, material: Material) -> str:
+    """What the rows of a prepared set depend on, in a word: files with sizes and times, and what is made of them."""
+    files = []
+    for source in config.source:
+        path = resolve(source)
+        there = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+        stats = [one.stat() for one in there if one.exists()]
+        files.append([source, *[[stat.st_size, stat.st_mtime_ns] for stat in stats]])
+    told = [files, config.judge and repr(config.judge), config.limit, config.fit, config.height, config.width]
+    told += [type(material).__name__, asdict(material)]  # pyright: ignore[reportArgumentType]
+    return hashlib.blake2b(json.dumps(told, default=str).encode(), digest_size=12).hexdigest()
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Of a network's weights and settings."""
+    digest = hashlib.blake2b(
+        json.dumps(dict(getattr(module, "config", {})), sort_keys=True, default=str).encode(), digest_size=12
+    )
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fill(
+    store: LatentStore,
+    name: str,
+    config: DataConfig,
+    policy: Policy,
+    material: Material,
+    judge: Judge | None,
+    size: tuple[int, int],
+) -> None:
+    part, census = store.begin(name), Census()
+    rows = (row for source in config.source for row in read_judgements(source, material.forms))
+    walk: Iterator[Judgement | Fault] = islice(rows, config.limit)
+    counts = [count_rows(source) for source in config.source]
+    total = None if None in counts else min(sum(count or 0 for count in counts), config.limit or 1 << 62)
+    columns = (TextColumn("[bold]data"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),
+               TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("rows", total=total)
+        while block := list(islice(walk, AT_ONCE)):
+            stages = list(_staged(block, store, census, config, policy, material, judge, size))
+            store.add(part, census.kept, stages)
+            for _ in stages:
+                census.keep()
+            bar.advance(task, len(block))
+    store.finish(name, census.to_json())
+
+
+def _staged(
+    block: Sequence[Judgement | Fault],
+    store: LatentStore,
+    census: Census,
+    config: DataConfig,
+    policy: Policy,
+    material: Material,
+    judge: Judge | None,
+    size: tuple[int, int],
+) -> Iterator[Stage]:
+    """The rows of a block that are sound, their latents in the store; the others are told to the census."""
+    pictures: dict[bytes, Tensor] = {}  # those that were decoded here
+    sound: list[tuple[Judgement, tuple[bytes, ...]]] = []
+    for row in block:
+        if isinstance(row, Judgement) and judge is None:
+            row = material.ranked(row)
+        keyed = (
+            row
+            if isinstance(row, Fault)
+            else _keyed(row, store, config, size, pictures, census, everything=judge is not None)
+        )
+        if isinstance(keyed, Fault):
+            if keyed.why in STRICT:
+                raise UserError(f"{keyed.place}: {keyed.text}")
+            census.leave(keyed)
+        elif not isinstance(keyed, Judgement):
+            sound.append(keyed)
+    fresh = store.lacks([key for _, keys in sound for key in keys])
+    wanted = [key for key in pictures if key in fresh]
+    for start in range(0, len(wanted), policy.decode_batch_size):
+        keys = wanted[start : start + policy.decode_batch_size]
+        moments = policy.posterior(torch.stack([pictures[key] for key in keys]).to(policy.device))
+        store.put(dict(zip(keys, moments, strict=True)))
+    for row, keys in sound:
+        judged: Judgement | Fault = row
+        if judge is not None:
+            images = torch.stack([pictures[key] for key in keys]).to(policy.device)
+            judged = material.ranked(replace(row, scores=_judged(judge, images, row, config.ranked_by_parts)))
+        if isinstance(judged, Fault):
+            census.leave(judged)
+            continue
+        places = {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
+        yield Stage(judged.place, judged.prompt, tuple(places[id(one)] for one in judged.pictures), judged.scores)
+
+
+def _keyed(
+    row: Judgement,
+    store: LatentStore,
+    config: DataConfig,
+    size: tuple[int, int],
+    pictures: dict[bytes, Tensor],
+    census: Census,
+    *,
+    everything: bool,
+) -> tuple[Judgement, tuple[bytes, ...]] | Fault:
+    """The row and the keys of its pictures, those that have no latent yet (or `everything`) decoded into `pictures`."""
+    try:
+        keys = tuple(map(picture_key, row.pictures))
+    except OSError as error:
+        return Fault(row.place, "corrupt picture", f"{error.filename} cannot be read ({error.strerror})")
+    if len(set(keys)) < len(keys):
+        return Fault(row.place, "identical pictures", "two of its pictures are one and the same")
+    lacking = set(keys) if everything else store.lacks(keys)
+    for key, stored in zip(keys, row.pictures, strict=True):
+        if key not in lacking or key in pictures:
+            continue
+        try:
+            image = decode(stored)
+        except ValueError as error:
+            return Fault(row.place, "corrupt picture", f"{error}: drop the row")
+        census.sizes[image.shape[1], image.shape[2]] += 1
+        if config.fit == "exact" and image.shape[1:] != size:
+            raise UserError(
+                f"{row.place}: a picture has {image.shape[2]} x {image.shape[1]} pixels, and data.fit=exact wants "
+                f"{size[1]} x {size[0]} of all: set data.fit=cut, which scales and cuts them, or drop the row"
+            )
+        pictures[key] = fitted(image, size)
+    return row, keys
+
+
+def _judged(judge: Judge, images: Tensor, row: Judgement, by_parts: bool) -> tuple[float, ...]:
+    """A score for each picture: the reward, or with `by_parts` the share of the others that it beats, as the mean over
+    the reward's parts (RankDPO's merit)."""
+    prompts: list[str] = [row.prompt] * len(images)
+    lines: list[Mapping[str, Any]] = [{"prompt": row.prompt}] * len(images)
+    scores = judge.judge(images, prompts, lines)
+    if by_parts and scores.parts:
+        merits = [beaten(part.float()[None])[0] for part in scores.parts.values()]
+        return tuple(torch.stack(merits).mean(0).tolist())
+    return tuple(judge.settle(scores, prompts).tolist())
