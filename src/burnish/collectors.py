@@ -100,6 +100,20 @@ class Independent(ByPrompt):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rivals(Independent):
+    """Whole chains, from the same first noise unless told otherwise; a prompt's pictures stay on one process and in one
+    update, where they can be set against each other."""
+
+    same_noise: bool = True  # yk7333/d3po: latents1[:, 0]
+
+    def block(self, group: int) -> int:
+        return group
+
+    def check(self, steps: int, group: int) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class Window(ByPrompt):
     """Noise, and training, in `size` steps that follow one another; the solver takes the rest.
 

@@ -171,6 +171,20 @@ class PerPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merits(Stateless):
+    """What pictures are told apart by, [batch, n]: the reward, or with `by_part` each part of it, so that one picture
+    beats another only if no part is against it (Pareto)."""
+
+    by_part: bool = False
+
+    relative = False
+
+    def __call__(self, scored: Scored) -> Advantages:
+        told = torch.stack(list(scored.parts.values()), dim=1) if self.by_part and scored.parts else scored.rewards
+        return scored.mine(told if told.ndim > 1 else told[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Raw(Stateless):
     """The rewards as they are, for an objective that weighs them itself."""
 

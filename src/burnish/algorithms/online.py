@@ -3,10 +3,11 @@
 from functools import partial
 
 from burnish import objectives
-from burnish.algorithms.row import DDPM, FLOW, Algorithm, online
-from burnish.collectors import Branches, Independent, Tree, Window
-from burnish.credit import ByDepth, GroupRelative, PerPrompt, PreferenceRelative, Raw
-from burnish.replay import Buffer, ForwardProcess, StoredTransitions
+from burnish.algorithms.row import DDPM, FLOW, Algorithm, online, stepwise
+from burnish.collectors import Branches, Independent, Rivals, Tree, Window
+from burnish.credit import ByDepth, GroupRelative, Merits, PerPrompt, PreferenceRelative, Raw
+from burnish.replay import Buffer, ForwardProcess, PictureDuels, StepDuels, StoredTransitions
+from burnish.routes import Candidates
 from burnish.value import ValueBaseline
 
 # DanceGRPO's and MixGRPO's code: group std with divisor n - 1, no 1e-4 under it.
@@ -212,5 +213,39 @@ ONLINE: dict[str, Algorithm] = {
         paper="https://arxiv.org/abs/2509.25050",
         summary="a policy gradient with the flow-matching loss in the log-probability's place; any solver",
         result="SD3.5-M: Flow-GRPO's scores, up to 24 times quicker",
+    ),
+    "d3po": online(
+        title="D3PO",
+        family="preference",
+        objective=objectives.d3po,
+        collector=Rivals,
+        advantages=Merits,
+        # config/base.py: every step, in an order of its own for each pair, with guidance in both branches
+        replay=partial(StepDuels, timestep_fraction=1.0, shuffle_timesteps=True, detach_unconditional=False),
+        processes=(DDPM, FLOW),
+        paper="https://arxiv.org/abs/2311.13231",
+        summary="DPO on the steps of own pictures: the better one's more likely, the worse one's less, no reward scale",
+        result="SD1.5: DDPO's and DPOK's rewards; fewer deformed hands, by people's choices (curves)",
+    ),
+    "online_dpo": online(
+        title="Online DPO",
+        family="preference",
+        objective=partial(objectives.flow_dpo, beta=100.0),
+        collector=partial(Rivals, same_noise=False),
+        advantages=Merits,
+        replay=PictureDuels,
+        processes=(FLOW, DDPM),
+        paper="https://arxiv.org/abs/2505.05470",
+        summary="sample, judge, Diffusion-DPO on the best against the worst, and a reference that follows",
+        result="SD3.5-M, GenEval: better than offline DPO, behind Flow-GRPO (Flow-GRPO, appendix)",
+    ),
+    "spo": stepwise(
+        title="SPO",
+        objective=objectives.spo,
+        route=Candidates,
+        processes=(DDPM, FLOW),
+        paper="https://arxiv.org/abs/2406.04314",
+        summary="at each step several candidates from one latent, the best against the worst, by a judge of that step",
+        result="SD1.5 and SDXL: above Diffusion-DPO on PickScore, HPSv2, ImageReward and aesthetics (table)",
     ),
 }

@@ -15,7 +15,7 @@ class Algorithm:
 
     title: str
     family: Literal["policy gradient", "forward process", "regression", "reward gradient", "preference"]
-    trainer: Literal["online", "backprop", "offline"]
+    trainer: Literal["online", "backprop", "offline", "stepwise"]
     parts: Mapping[str, Callable[..., Any]]
     processes: tuple[str, ...]
     needs: str
@@ -56,6 +56,13 @@ def backprop(*, objective: Callable[..., Any], route: Callable[..., Any], **told
     needs = "a reward with a gradient"
     parts = {"objective": objective, "route": route}
     return Algorithm(family="reward gradient", trainer="backprop", parts=parts, needs=needs, **told)
+
+
+def stepwise(*, objective: Callable[..., Any], route: Callable[..., Any], **told: Any) -> Algorithm:
+    """A row of `burnish.trainers.stepwise`. `route`: which steps of a chain are compared."""
+    needs = "steps with noise; a judge of unfinished pictures"
+    parts = {"objective": objective, "route": route}
+    return Algorithm(family="preference", trainer="stepwise", parts=parts, needs=needs, **told)
 
 
 def offline(

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from burnish.cli.data import app as data_app
 from burnish.cli.reward import app as reward_app
 from burnish.cli.tables import given, print_table
 from burnish.errors import UserError
@@ -30,6 +31,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(reward_app, name="reward")
+app.add_typer(data_app, name="data")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name from `burnish recipes list`.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as rollout.steps=8.")]

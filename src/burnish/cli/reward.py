@@ -108,6 +108,53 @@ def harvest(
     pipeline.harvest(run, **asked)
 
 
+@app.command("noised")
+def noised(
+    source: Annotated[str, typer.Argument(metavar="PAIRS", help="A set of pairs.")],
+    model: Annotated[str, typer.Option(help="Whose predictions are judged: a run, a hub id, a folder.")],
+    output: Annotated[Path | None, typer.Option(help="The parquet file to write.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs at once.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pairs that are read.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of times and noise.")] = None,
+) -> None:
+    """Make pairs of unfinished pictures, to train a step-aware preference model on (SPO)."""
+    from burnish import pipeline
+
+    asked = given(output=output, guidance=guidance, batch_size=batch_size, limit=limit, seed=seed)
+    pipeline.noised_pairs(source, model=model, **asked)
+
+
+@app.command("values")
+def values(
+    model: Annotated[str, typer.Option(help="Whose chains are followed: a run, a hub id, a folder.")],
+    prompts: Annotated[str, typer.Option(help="A .txt or .jsonl file, or package:module/path.")],
+    reward: Annotated[str, typer.Option(help="What judges finished pictures.")],
+    output: Annotated[Path | None, typer.Option(help="The parquet file to write.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Unfinished pictures.")] = None,
+    branches: Annotated[int | None, typer.Option(min=1, help="Chains that go on from each.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Of a whole chain.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    noise_level: Annotated[float | None, typer.Option(min=0, help="Of the steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Chains at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn.")] = None,
+) -> None:
+    """Measure what unfinished pictures are worth by going on from them, to train a model of it on."""
+    from burnish import pipeline
+
+    asked = given(
+        output=output,
+        chains=chains,
+        branches=branches,
+        steps=steps,
+        guidance=guidance,
+        noise_level=noise_level,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    pipeline.step_values(model=model, prompts=prompts, reward=reward, **asked)
+
+
 @app.command("serve")
 def serve(
     reward: Annotated[

@@ -31,6 +31,7 @@ class Feedback:
     prompts: list[str]
     pictures: list[tuple[Stored, ...]]
     labels: Float[Tensor, " rows"]
+    noise_levels: Float[Tensor, " rows"] | None = None  # of the latents that the pictures were predicted from
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -57,21 +58,25 @@ def load_feedback(source: str | Path, *, pairs: bool) -> Feedback:
             raise UserError(f"{row.place}: {row.text}")
     if not kept:
         raise UserError(f"{source}: no row has a label: there is nothing to learn from")
+    levels = [row.noise_level for row in kept]
     return Feedback(
         [row.place for row in kept],
         [row.prompt for row in kept],
         [row.pictures for row in kept],
         torch.tensor([row.scores[0] for row in kept]),
+        None if None in levels else torch.tensor(levels),
     )
 
 
 def joined(sets: Sequence[Feedback]) -> Feedback:
     """Several sets as one, one after the other."""
+    levels = [one.noise_levels for one in sets]
     return Feedback(
         [place for one in sets for place in one.places],
         [prompt for one in sets for prompt in one.prompts],
         [pictures for one in sets for pictures in one.pictures],
         torch.cat([one.labels for one in sets]),
+        torch.cat([level for level in levels if level is not None]) if None not in levels else None,
     )
 
 

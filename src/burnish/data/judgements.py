@@ -7,6 +7,7 @@
     thumbs        prompt, image, label                              a thumb (0 or 1, true or false) or a rating
     pictures      prompt (or caption, or text), image               nothing is said of them
 
+Any of them may say in `noise_level` how noisy the latents were that its pictures were predicted from.
 A picture is the bytes of a file, `{"bytes", "path"}` as `datasets` writes it, or a path.
 """
 
@@ -42,6 +43,7 @@ class Judgement:
     prompt: str
     pictures: tuple[Stored, ...]
     scores: tuple[float, ...]
+    noise_level: float | None = None  # of pictures that are predicted from noisy latents: 1 noise, 0 data
 
 
 class Fault(NamedTuple):
@@ -119,7 +121,10 @@ def judgement(row: Row, name: str) -> Judgement | Fault:
     scores, wrong = _scores(values, name, len(pictures))
     if wrong:
         return Fault(row.place, "label out of range", wrong)
-    return Judgement(row.place, prompt, tuple(one for one in pictures if one is not None), scores)
+    level = values.get("noise_level")
+    if level is not None and not (_number(level) and 0 <= level <= 1):
+        return Fault(row.place, "label out of range", f"the noise_level is {level!r}: it must be from 0 to 1")
+    return Judgement(row.place, prompt, tuple(one for one in pictures if one is not None), scores, level)
 
 
 def _scores(values: Mapping[str, Any], name: str, count: int) -> tuple[tuple[float, ...], str]:

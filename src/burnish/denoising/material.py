@@ -1,7 +1,9 @@
 """Kinds of material: which rows a method learns from, and what its objective may ask for by name."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,8 +26,8 @@ class Material(Protocol):
     what: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]
 
-    def ranked(self, row: Judgement) -> Judgement | Fault:
-        """The row with its pictures as they are trained on, the best first; or why it is not."""
+    def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
+        """What is trained on of a row, its pictures the best first; or why it is not."""
         ...
 
     def groups(self, scores: np.ndarray) -> tuple[list[np.ndarray], float]:
@@ -47,16 +49,18 @@ class Alike:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(Alike):
-    """Two pictures of a prompt, one better than the other. Ties are left out."""
+    """Two pictures of a prompt, one better than the other; of a ranking all such pairs. Ties are left out."""
 
     what = "pairs of pictures"
-    forms = PAIRED
+    forms = (*PAIRED, "ranking")
 
-    def ranked(self, row: Judgement) -> Judgement | Fault:
-        first, second = row.scores
-        if first == second:
-            return Fault(row.place, "tie", "neither picture is better: it teaches nothing")
-        return row if first > second else replace(row, pictures=row.pictures[::-1], scores=row.scores[::-1])
+    def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
+        order = best_first(row)
+        for one, other in combinations(range(len(order.scores)), 2):
+            if order.scores[one] == order.scores[other]:
+                yield Fault(row.place, "tie", "neither picture is better: it teaches nothing")
+            else:
+                yield chosen(order, (one, other))
 
     def quantities(self, given: Given) -> Any:
         return OfPairs(given)
@@ -107,18 +111,26 @@ class OfPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Thumbs:
-    """Single pictures that were liked (1) or not (0); `desirable_share` of the visits are to those that were."""
+    """Single pictures that were liked (1) or not (0); `desirable_share` of the visits are to those that were. Of a pair
+    or a ranking those are liked that are better than another of it (diffusion-kto: preferred at least once)."""
 
     desirable_share: Annotated[float, Gt(0), Lt(1)] | None = None  # as in the data; diffusion-kto's example: 0.8
 
     what = "pictures with a thumb"
-    forms = ("thumbs",)
+    forms = ("thumbs", *PAIRED, "ranking")
 
-    def ranked(self, row: Judgement) -> Judgement | Fault:
-        if row.scores[0] not in (0, 1):
+    def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
+        if len(row.scores) > 1:
+            if len(set(row.scores)) == 1:
+                yield Fault(row.place, "tie", "no picture is better than another: it teaches nothing")
+                return
+            for place, score in enumerate(row.scores):
+                yield replace(chosen(row, (place,)), scores=(float(score > min(row.scores)),))
+        elif row.scores[0] in (0, 1):
+            yield row
+        else:
             text = f"the label is {row.scores[0]:g}: a thumb is 1 or 0 (true or false)"
-            return Fault(row.place, "label out of range", text)
-        return row
+            yield Fault(row.place, "label out of range", text)
 
     def groups(self, scores: np.ndarray) -> tuple[list[np.ndarray], float]:
         groups = [np.flatnonzero(scores > 0), np.flatnonzero(scores <= 0)]
@@ -162,15 +174,14 @@ class Rankings(Alike):
     what = "ranked pictures"
     forms = ("ranking", *PAIRED)
 
-    def ranked(self, row: Judgement) -> Judgement | Fault:
+    def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
         if len(row.pictures) != self.size:
             text = f"it has {len(row.pictures)} pictures, not material.size={self.size}: set that, or drop the row"
-            return Fault(row.place, "number of pictures", text)
-        if len(set(row.scores)) == 1:
-            return Fault(row.place, "tie", "no picture is better than another: it teaches nothing")
-        order = sorted(range(self.size), key=lambda place: -row.scores[place])
-        pictures, scores = (tuple(values[place] for place in order) for values in (row.pictures, row.scores))
-        return replace(row, pictures=pictures, scores=scores)
+            yield Fault(row.place, "number of pictures", text)
+        elif len(set(row.scores)) == 1:
+            yield Fault(row.place, "tie", "no picture is better than another: it teaches nothing")
+        else:
+            yield best_first(row)
 
     def quantities(self, given: Given) -> Any:
         return OfRankings(given)
@@ -193,6 +204,16 @@ class OfRankings:
         return beaten(self.given.scores)
 
 
+def chosen(row: Judgement, places: tuple[int, ...]) -> Judgement:
+    """Some pictures of a row, in this order."""
+    pictures, scores = (tuple(told[place] for place in places) for told in (row.pictures, row.scores))
+    return replace(row, pictures=pictures, scores=scores)
+
+
+def best_first(row: Judgement) -> Judgement:
+    return chosen(row, tuple(sorted(range(len(row.scores)), key=lambda place: -row.scores[place])))
+
+
 def beaten(scores: Errors) -> Errors:
     """The share of the other pictures of its row whose score is lower, [batch, k]."""
     return (scores[:, :, None] > scores[:, None, :]).to(scores).sum(2) / (scores.shape[1] - 1)
@@ -200,23 +221,26 @@ def beaten(scores: Errors) -> Errors:
 
 @dataclass(frozen=True, kw_only=True)
 class Singles(Alike):
-    """Single pictures: of pairs the better one, of thumbs those that were liked, of others all.
+    """Single pictures: of pairs and rankings the best one, of thumbs those that were liked, of others all.
 
-    `temperature`: a picture's weight is exp(score / temperature), its score a rating or what a judge said.
+    `temperature`: all pictures instead, each with the weight exp(score / temperature), its score a rating, its place in
+    a pair (1 or 0), or what a judge said.
     """
 
     temperature: Annotated[float, Gt(0)] | None = None  # None: all weigh the same
 
     what = "pictures with a prompt"
-    forms = ("thumbs", *PAIRED, *ALONE)
+    forms = ("thumbs", *PAIRED, "ranking", *ALONE)
 
-    def ranked(self, row: Judgement) -> Judgement | Fault:
-        if len(row.scores) == 2 and row.scores[0] == row.scores[1]:
-            return Fault(row.place, "tie", "neither picture is better: it teaches nothing")
-        if self.temperature is None and max(row.scores) <= 0:
-            return Fault(row.place, "disliked", "nobody liked it, and it is not to be imitated")
-        best = max(range(len(row.scores)), key=lambda place: row.scores[place])
-        return replace(row, pictures=(row.pictures[best],), scores=(row.scores[best],))
+    def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
+        if len(row.scores) > 1 and len(set(row.scores)) == 1:
+            yield Fault(row.place, "tie", "no picture is better than another: it teaches nothing")
+        elif self.temperature is None and max(row.scores) <= 0 and len(row.scores) == 1:
+            yield Fault(row.place, "disliked", "nobody liked it, and it is not to be imitated")
+        elif self.temperature is None:
+            yield chosen(best_first(row), (0,))
+        else:
+            yield from (chosen(row, (place,)) for place in range(len(row.scores)))
 
     def quantities(self, given: Given) -> Any:
         return OfSingles(given, self.temperature)

@@ -37,7 +37,8 @@ def spo(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     pairs = winner_log_prob.new_tensor(float(len(winner_log_prob)))
     if not len(winner_log_prob):
-        return winner_log_prob.sum(), {"pairs": pairs}
+        nothing = pairs.new_tensor(float("nan"))
+        return winner_log_prob.sum(), {"pairs": pairs, "implicit_accuracy": nothing, "rewards/margins": nothing}
     winner = clipped_log_ratio(winner_log_prob, reference_winner_log_prob, clip)
     loser = clipped_log_ratio(loser_log_prob, reference_loser_log_prob, clip)
     logits = beta * (winner - loser)

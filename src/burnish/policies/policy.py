@@ -92,6 +92,11 @@ class Policy(ABC):
         """The times of a chain of `steps` steps, the pipeline's own for a picture of this size."""
         return self.process.grid(steps)
 
+    def noise_level(self, time: Tensor | float) -> float:
+        """How noisy latents are at `time`, from 0 to 1, in units that all families share: their share of noise."""
+        one = torch.ones(1, 1)
+        return float(self.process.add_noise(torch.zeros_like(one), one, torch.as_tensor(time).view(1)))
+
     def times(self, height: int | None = None, width: int | None = None) -> Tensor:
         """All the times that the network was trained at, from the noisiest on, for a picture of this size."""
         return self.grid(self.pipeline.scheduler.config.num_train_timesteps, height, width).times[:-1]

@@ -5,6 +5,7 @@ so that the trainer can back-propagate each at once and memory does not grow wit
 """
 
 from burnish.replay.buffer import Buffer
+from burnish.replay.duels import PictureDuels, StepDuels
 from burnish.replay.experience import Experience
 from burnish.replay.forward import ForwardProcess, Noised
 from burnish.replay.protocol import InTurn, Loss, Objective, Replay, handed
@@ -18,7 +19,9 @@ __all__ = [
     "Loss",
     "Noised",
     "Objective",
+    "PictureDuels",
     "Replay",
+    "StepDuels",
     "StoredTransitions",
     "Transition",
     "handed",

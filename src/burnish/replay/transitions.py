@@ -103,6 +103,10 @@ class Transition(Quantities):
     def log_prob(self) -> Tensor:
         return self.step.log_prob(self._stored(self.rollout.trajectory, 1))
 
+    @cached_property
+    def reference_log_prob(self) -> Tensor:
+        return self._step(self.reference_prediction).log_prob(self._stored(self.rollout.trajectory, 1))
+
     @property
     def old_log_prob(self) -> Tensor:
         return self._stored(self.rollout.log_probs)

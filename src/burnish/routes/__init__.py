@@ -5,6 +5,7 @@ yields `(loss, metrics)` one after the other, so that each can be back-propagate
 """
 
 from burnish.routes.adjoint import Adjoint
+from burnish.routes.candidates import Candidates
 from burnish.routes.cuts import ContiguousCut, IndependentCut, LastSteps, RandomSteps
 from burnish.routes.low_variance import LowVariance
 from burnish.routes.noise_prior import NoisePrior
@@ -17,6 +18,7 @@ __all__ = [
     "Adjoint",
     "Batch",
     "Call",
+    "Candidates",
     "ContiguousCut",
     "IndependentCut",
     "LastSteps",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.errors import RewardError
+from burnish.errors import RewardError, UserError
 from burnish.policies import Conditioning
 from burnish.processes import Grid
 from burnish.replay import Loss, Objective
@@ -109,6 +109,10 @@ class Route(Protocol):
         """Raises UserError where chains of `steps` steps do not suit it."""
         ...
 
+    def check_reward(self, tape: Tape, reward: Judge, batch: Batch) -> None:
+        """Raises UserError where the reward cannot be learnt from; `batch`: one picture."""
+        ...
+
     def sampler(self, process: Any, chosen: Any) -> Any:
         """The sampler that it takes, where `chosen` is the run's."""
         ...
@@ -122,10 +126,27 @@ class Route(Protocol):
 
 
 class Plain:
-    """Any sampler, chains of any length, nothing to remember."""
+    """Any sampler, chains of any length, nothing to remember; the reward has a gradient."""
 
     def check(self, steps: int) -> None:
         pass
+
+    def check_reward(self, tape: Tape, reward: Judge, batch: Batch) -> None:
+        """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
+        noise = torch.randn((1, *batch.shape), generator=batch.draw())
+        latents, before = noise.to(tape.policy.device).requires_grad_(), reward.state_dict()
+        rewards = Rewarding(reward)(tape.decode(latents), batch.texts, batch.prompts)
+        reward.load_state_dict(before)
+        if not rewards.requires_grad:
+            raise UserError(
+                f"reward {reward.name} has no gradient with respect to the pictures, which this method needs: choose "
+                "one that `burnish reward list` calls differentiable, or a policy gradient (`burnish advise`)"
+            )
+        (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+        if not gradient.isfinite().all():
+            raise RewardError(
+                f"reward {reward.name}: its gradient is not finite for prompt {batch.texts[0]!r}: mend it"
+            )
 
     def sampler(self, process: Any, chosen: Any) -> Any:
         return chosen

@@ -29,10 +29,10 @@ def resume(directory: Path) -> Path:
 
 def _trainer(recipe: str | Path, overrides: Sequence[str] = ()) -> ModuleType:
     from burnish.algorithms import ALGORITHMS
-    from burnish.trainers import backprop, offline, online, reward_model
+    from burnish.trainers import backprop, offline, online, reward_model, stepwise
 
     values = read_recipe(recipe, overrides)
     if "signal" in values:
         return reward_model
     row = choose(ALGORITHMS, values.get("algorithm"), "algorithm")
-    return {"online": online, "backprop": backprop, "offline": offline}[row.trainer]
+    return {"online": online, "backprop": backprop, "offline": offline, "stepwise": stepwise}[row.trainer]

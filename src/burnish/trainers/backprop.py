@@ -9,7 +9,7 @@ The algorithm is a row of `burnish.algorithms`; which network calls the gradient
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from burnish.algorithms import ALGORITHMS
 from burnish.collectors import seed_of
 from burnish.config import override
 from burnish.data import PromptStream, load_prompts
-from burnish.errors import RewardError, UserError
+from burnish.errors import UserError
 from burnish.monitors import EarlyStop
 from burnish.policies import Policy
 from burnish.replay import Loss
@@ -115,7 +115,6 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
     check_steps(policy, config)
     pixels = policy.pixels(*config.size)
     tape = Tape(policy, config.memory, lambda: 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-    check_gradient(tape, reward, prompts[0], config)
     session = Session(
         config=config,
         accelerator=accelerator,
@@ -133,26 +132,9 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
         run=Run(config.output_dir, product=config.product, writes=accelerator.is_main_process),
         stopper=EarlyStop(config.early_stop) if config.early_stop else None,
     )
+    route.check_reward(tape, reward, replace(batches(session)[0], prompts=prompts[:1], seeds=[config.seed]))
     begin(session, resuming=resuming)
     return session
-
-
-def check_gradient(tape: Tape, reward: Judge, line: Mapping[str, Any], config: BackpropConfig) -> None:
-    """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
-    shape = tape.policy.latent_shape(*config.size)
-    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(config.seed))
-    latents = noise.to(tape.policy.device).requires_grad_()
-    before = reward.state_dict()
-    rewards = Rewarding(reward)(tape.decode(latents), [line["prompt"]], [line])
-    reward.load_state_dict(before)
-    if not rewards.requires_grad:
-        raise UserError(
-            f"reward {reward.name} has no gradient with respect to the pictures, which {config.algorithm} needs: "
-            "choose one that `burnish reward list` calls differentiable, or a policy gradient (`burnish advise`)"
-        )
-    (gradient,) = torch.autograd.grad(rewards.sum(), latents)
-    if not gradient.isfinite().all():
-        raise RewardError(f"reward {reward.name}: its gradient is not finite for prompt {line['prompt']!r}: mend it")
 
 
 def one_round(session: Session) -> dict[str, float]:
@@ -168,7 +150,8 @@ def one_round(session: Session) -> dict[str, float]:
     if session.pretraining:
         found = session.pretraining.beside(found, policy, session.round, accelerator.process_index)
     for loss, metrics in found:
-        session.update.backward(loss)
+        if loss.requires_grad:  # a route that compares may find nothing to learn
+            session.update.backward(loss)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums.setdefault(name, []).append(value)
     stepped = session.update.step()
@@ -179,7 +162,7 @@ def one_round(session: Session) -> dict[str, float]:
         return gathered
 
     # The loss is the sum of what was yielded; what there is to say of each is a mean.
-    told = {name: torch.stack(values).mean() for name, values in sums.items()} | {
+    told = {name: torch.stack(values).nanmean() for name, values in sums.items()} | {
         "loss": torch.stack(sums["loss"]).sum()
     }
     means = everywhere(torch.stack(list(told.values()))[None]).mean(0).tolist()

@@ -136,10 +136,9 @@ def _fill(
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("rows", total=total)
         while block := list(islice(walk, AT_ONCE)):
+            first = census.kept
             stages = list(_staged(block, store, census, config, policy, material, judge, size))
-            store.add(part, census.kept, stages)
-            for _ in stages:
-                census.keep()
+            store.add(part, first, stages)
             bar.advance(task, len(block))
     store.finish(name, census.to_json())
 
@@ -156,41 +155,46 @@ def _staged(
 ) -> Iterator[Stage]:
     """The rows of a block that are sound, their latents in the store; the others are told to the census."""
     pictures: dict[bytes, Tensor] = {}  # those that were decoded here
-    sound: list[tuple[Judgement, tuple[bytes, ...]]] = []
-    for row in block:
-        if isinstance(row, Judgement) and judge is None:
-            row = material.ranked(row)
-        keyed = (
-            row
-            if isinstance(row, Fault)
-            else _keyed(row, store, config, size, pictures, census, everything=judge is not None)
-        )
-        if isinstance(keyed, Fault):
-            if keyed.why in STRICT:
-                raise UserError(f"{keyed.place}: {keyed.text}")
-            census.leave(keyed)
-        elif not isinstance(keyed, Judgement):
+    sound: list[tuple[Judgement, dict[int, bytes]]] = []
+    rows = (one for row in block for one in _examples(row, material if judge is None else None))
+    for row in rows:
+        keyed = _keyed(row, store, config, size, pictures, census, everything=judge is not None)
+        if not isinstance(keyed, Fault):
             sound.append(keyed)
-    fresh = store.lacks([key for _, keys in sound for key in keys])
+            continue
+        if keyed.why in STRICT:
+            raise UserError(f"{keyed.place}: {keyed.text}")
+        census.leave(keyed)
+    fresh = store.lacks([key for _, keys in sound for key in keys.values()])
     wanted = [key for key in pictures if key in fresh]
     for start in range(0, len(wanted), policy.decode_batch_size):
         keys = wanted[start : start + policy.decode_batch_size]
         moments = policy.posterior(torch.stack([pictures[key] for key in keys]).to(policy.device))
         store.put(dict(zip(keys, moments, strict=True)))
     for row, keys in sound:
-        judged: Judgement | Fault = row
+        judged: list[Judgement | Fault] = [row]
         if judge is not None:
-            images = torch.stack([pictures[key] for key in keys]).to(policy.device)
-            judged = material.ranked(replace(row, scores=_judged(judge, images, row, config.ranked_by_parts)))
-        if isinstance(judged, Fault):
-            census.leave(judged)
-            continue
-        places = {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
-        yield Stage(judged.place, judged.prompt, tuple(places[id(one)] for one in judged.pictures), judged.scores)
+            images = torch.stack([pictures[keys[id(stored)]] for stored in row.pictures]).to(policy.device)
+            scored = replace(row, scores=_judged(judge, images, row, config.ranked_by_parts))
+            judged = list(material.examples(scored))
+        for one in judged:
+            if isinstance(one, Fault):
+                census.leave(one)
+            else:
+                census.keep()
+                yield Stage(one.place, one.prompt, tuple(keys[id(stored)] for stored in one.pictures), one.scores)
+
+
+def _examples(row: Judgement | Fault, material: Material | None) -> Iterator[Judgement | Fault]:
+    """What is trained on of a row, where its scores are known; else the row."""
+    if isinstance(row, Fault) or material is None:
+        yield row
+    else:
+        yield from material.examples(row)
 
 
 def _keyed(
-    row: Judgement,
+    row: Judgement | Fault,
     store: LatentStore,
     config: DataConfig,
     size: tuple[int, int],
@@ -198,8 +202,11 @@ def _keyed(
     census: Census,
     *,
     everything: bool,
-) -> tuple[Judgement, tuple[bytes, ...]] | Fault:
-    """The row and the keys of its pictures, those that have no latent yet (or `everything`) decoded into `pictures`."""
+) -> tuple[Judgement, dict[int, bytes]] | Fault:
+    """The row and the key of each of its pictures, by their identity; those that have no latent yet (or `everything`)
+    decoded into `pictures`."""
+    if isinstance(row, Fault):
+        return row
     try:
         keys = tuple(map(picture_key, row.pictures))
     except OSError as error:
@@ -221,7 +228,7 @@ def _keyed(
                 f"{size[1]} x {size[0]} of all: set data.fit=cut, which scales and cuts them, or drop the row"
             )
         pictures[key] = fitted(image, size)
-    return row, keys
+    return row, {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
 
 
 def _judged(judge: Judge, images: Tensor, row: Judgement, by_parts: bool) -> tuple[float, ...]:

@@ -57,6 +57,7 @@ class RewardModelConfig:
     steps: Annotated[int, Gt(0)] = 4000
     batch_size: Annotated[int, Gt(0)] = 128  # rows in one update, over all processes
     tune: Literal["head", "lora", "full"] = "full"
+    step_aware: bool = False  # told the `noise_level` of each row, for judging predictions on the way (SPO)
     lora_rank: Annotated[int, Gt(0)] = 16
     lora_alpha: Annotated[int, Gt(0)] = 32
     objective: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +97,9 @@ def train(config: RewardModelConfig, *, resuming: bool = False) -> Path:
         for name, source in zip(set_names(config.held_out), config.held_out, strict=True)
     }
     torch.manual_seed(config.seed)  # the adapter's first weights
-    model = load_reward_model(config.model).eval().to(accelerator.device)  # CLIP has no dropout
+    check_levels(config, [feedback, *held_out.values()])
+    model = load_reward_model(config.model, step_aware=config.step_aware)
+    model.eval().to(accelerator.device)  # CLIP has no dropout
     make_plain = unfreeze(model, config)
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
     update = Update(accelerator, parameters, config.update, config.steps)
@@ -192,8 +195,22 @@ def judged(model: RewardModel, feedback: Feedback, rows: Sequence[int]) -> list[
     """The scores [rows] of the first pictures, and where rows are pairs of the second ones, from one call."""
     each = len(feedback.pictures[rows[0]])
     pictures = sheet(model, [feedback.picture(row, which) for which in range(each) for row in rows])
-    scores = model(pictures, [feedback.prompts[row] for row in rows] * each)
+    levels = [{}] * len(rows) if feedback.noise_levels is None else _levels(feedback.noise_levels[rows])
+    scores = model(pictures, [feedback.prompts[row] for row in rows] * each, [*levels] * each)
     return list(scores.float().chunk(each))
+
+
+def _levels(levels: Tensor) -> list[dict[str, Any]]:
+    return [{"noise_level": level} for level in levels.tolist()]
+
+
+def check_levels(config: RewardModelConfig, sets: Sequence[Feedback]) -> None:
+    """Whether rows say how noisy their latents were where, and only where, the model is told."""
+    if config.step_aware and any(one.noise_levels is None for one in sets):
+        raise UserError(
+            "step_aware=true, and not every row has a noise_level: make such data by `burnish reward noised` or "
+            "`burnish reward values`, or set step_aware=false"
+        )
 
 
 def sheet(model: RewardModel, pictures: Sequence[Tensor]) -> Tensor:
@@ -236,6 +253,8 @@ def unfreeze(model: RewardModel, config: RewardModelConfig) -> Callable[[], None
     """Make what is tuned trainable, always the head; gives back what turns the model into a plain one in the end."""
     model.requires_grad_(False)
     model.head.requires_grad_(True)
+    if model.time is not None:
+        model.time.requires_grad_(True)
     if config.tune == "full":
         model.clip.requires_grad_(True)
         model.clip.logit_scale.requires_grad_(False)  # the head has it now

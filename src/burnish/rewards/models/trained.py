@@ -5,6 +5,8 @@ r"""A reward model of your own: a CLIP and a linear head, as `burnish reward tra
 With w = exp(logit_scale) on the first half and 0 on the second it is PickScore's form, which is where training starts;
 the second half can tell pictures apart whatever the prompt, and b has a meaning for thumbs and ratings only.
 
+A step-aware model is told besides how noisy the latents were that a picture is predicted from: `TimeConditioning`.
+
 A folder holds what transformers loads as a CLIPModel with its tokenizer and image processor, `head.safetensors` and
 `reward.json` (what it was trained on). Range: log-odds for pairs and thumbs, the ratings' own scale for ratings.
 Reference: the two parts are those of Kirstain et al. 2023, https://arxiv.org/abs/2305.01569, and of the LAION
@@ -29,14 +31,16 @@ from burnish.rewards.entry import Entry
 from burnish.rewards.models.clip import ImageEncoder, TextEncoder, Vector, load_clip, load_image_encoder
 from burnish.rewards.models.pixels import Images
 from burnish.rewards.models.published import fill, loaded
+from burnish.rewards.models.time_conditioning import TimeConditioning
+from burnish.rewards.scores import lines_of
 
-HEAD, FACTS = "head.safetensors", "reward.json"
+HEAD, FACTS, TIME = "head.safetensors", "reward.json", "time.safetensors"
 
 
 class RewardModel(nn.Module):
     """`clip`, the head, and what turns pictures and prompts into its input."""
 
-    def __init__(self, clip: CLIPModel, tokenizer: Any, images: ImageEncoder) -> None:
+    def __init__(self, clip: CLIPModel, tokenizer: Any, images: ImageEncoder, *, step_aware: bool = False) -> None:
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
         # Both hold parts of `clip`, not copies: a LoRA that is put into it is in them.
@@ -47,10 +51,13 @@ class RewardModel(nn.Module):
             self.head.bias.zero_()
             self.head.weight.zero_()
             self.head.weight[:, :width] = clip.logit_scale.exp()
+        self.time = TimeConditioning(clip) if step_aware else None
 
     def forward(
         self, images: Images, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> Vector:
+        if self.time is not None:
+            self.time.tell([line.get("noise_level", 0.0) for line in lines_of(prompts, metadata)])
         return self.head(self.features(images, prompts).to(self.head.weight.dtype)).squeeze(-1)
 
     def features(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "batch twice_embedding"]:
@@ -63,19 +70,23 @@ class RewardModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(resolve(processor)))
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        save_file({name: one.detach().contiguous() for name, one in self.head.state_dict().items()}, folder / HEAD)
+        for part, file in ((self.head, HEAD), (self.time, TIME)):
+            if part is not None:
+                save_file({name: one.detach().contiguous() for name, one in part.state_dict().items()}, folder / file)
         (folder / FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", "utf-8")
 
 
-def load_reward_model(model: str) -> RewardModel:
-    """From a folder that `save` made, or to begin with from any CLIPModel, a hub id or a folder."""
+def load_reward_model(model: str, *, step_aware: bool = False) -> RewardModel:
+    """From a folder that `save` made, or to begin with from any CLIPModel, a hub id or a folder. One that was saved
+    step-aware is so again."""
     place = str(resolve(model))
-    clip = load_clip(place)
-    made = RewardModel(
-        clip, loaded(AutoTokenizer.from_pretrained, place, "a tokenizer"), load_image_encoder(clip, place)
-    )
+    clip, time = load_clip(place), Path(place) / TIME
+    tokenizer, images = loaded(AutoTokenizer.from_pretrained, place, "a tokenizer"), load_image_encoder(clip, place)
+    made = RewardModel(clip, tokenizer, images, step_aware=step_aware or time.is_file())
     if (head := Path(place) / HEAD).is_file():
         fill(made.head, load_file(head), str(head))
+    if time.is_file() and made.time is not None:
+        fill(made.time, load_file(time), str(time))
     return made
 
 

@@ -37,6 +37,16 @@ class Annotator:
             fair = fair + worth * STATISTICS[name](images).to(fair)  # pyright: ignore[reportArgumentType]
         return fair
 
+    def rank(self, quality: Tensor, generator: torch.Generator) -> Tensor:
+        """A score for each picture of a prompt, the higher the better: of any two the first is ahead with the
+        probability that `prefer` has (Plackett and Luce: quality / temperature with Gumbel noise), and pictures whose
+        qualities round to the same multiple of `tie` have the same."""
+        levels = (quality / self.tie).round()
+        noise = -torch.empty(quality.shape).exponential_(generator=generator).log()
+        first = {level: place for place, level in reversed(list(enumerate(levels.tolist())))}
+        shared = torch.tensor([first[level] for level in levels.tolist()])
+        return self.tie * levels / self.temperature + noise[shared]
+
     def prefer(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
         """1, 0 or 1/2 for each pair of qualities."""
         difference = first - second
