@@ -82,7 +82,7 @@ class LatentStore:
             found = [file.execute(query, (key,)).fetchone() for key in keys]
         if None in found:
             raise UserError(
-                f"{self.path}: a latent is gone that the run has trained on: delete the file to make it anew"
+                f"{self.path}: a latent of the set is gone: delete the file, and it is made anew"
             )
         numbers = [np.frombuffer(row[0], np.float16).reshape(-1, *shape) for row in found]
         moments = torch.from_numpy(np.stack(numbers)).float()

@@ -39,8 +39,8 @@ class Candidates(Plain):
 
     Told apart: softmax of the two scores differs by more than `threshold`, which is tanh(difference / 2). `segment`:
     how many steps each candidate goes before it is judged; all of them are trained (SDXL: 4). `weight` of a step in the
-    loss: none, or its std over the mean std of the trained steps. A judge finds the time of a picture in its metadata, as
-    `noise_level`: 1 noise, 0 data.
+    loss: none, or its std over the mean std of the trained steps. A judge finds the time of a picture in its metadata,
+    as `noise_level`: 1 noise, 0 data.
     Reference: Liang et al. 2024, https://arxiv.org/abs/2406.04314; RockeyCoss/SPO
     spo_training_and_inference/custom_diffusers/multi_sample_pipeline.py.
     Differs from: the code updates after every 10 pairs, here a round's pairs are one update.
