@@ -85,7 +85,7 @@ class StepDuels(Duelling, StoredTransitions):
         # Both of a pair in the same order of steps, the winner's.
         generators = experience.draws() if self.shuffle_timesteps else []
         eligible = max(1, kept - self.skip_last)
-        orders = [torch.randperm(eligible, generator=one) for one in generators[::2] for _ in range(2)]
+        orders = [order for one in generators[::2] for order in [torch.randperm(eligible, generator=one)] * 2]
         slots = [torch.stack([order[call] for order in orders]) if orders else call for call in range(self.calls(kept))]
         steps = [StepDuel(Transition(policy, experience, self, slot), self.reference) for slot in slots]
         if self.whole_trajectory:
