@@ -21,10 +21,9 @@ def test_every_situation_has_methods_each_once_with_a_reason(situation):
     assert len({one.name for one in advice}) == len(advice) > 0
     for one in advice:
         assert len(one.reason) > 20
-        assert (one.recipe is None) == (one.name not in ALGORITHMS) == one.title.endswith("(not in burnish yet)")
-        if one.name in ALGORITHMS:
-            process = {"flow": "rectified_flow", "ddpm": "variance_preserving"}[situation.base]
-            assert process in ALGORITHMS[one.name].processes
+        assert one.recipe is not None
+        process = {"flow": "rectified_flow", "ddpm": "variance_preserving"}[situation.base]
+        assert process in ALGORITHMS[one.name].processes
 
 
 def test_recipes_are_shipped_ones_of_the_method_and_real_models_come_first():
@@ -42,9 +41,11 @@ def test_the_cheat_sheets_choices():
     def names(*situation, **more):
         return [one.name for one in advise(Situation(*situation, **more))]
 
-    assert names("ddpm", "pairs")[0] == "Diffusion-DPO"
-    assert names("ddpm", "pairs", style_shift=True)[0] == names("ddpm", "pairs", memory=12.0)[0] == "MaPO"
-    assert names("flow", "thumbs")[0] == "Diffusion-KTO"
+    assert names("ddpm", "pairs")[0] == "diffusion_dpo"
+    assert names("flow", "pairs")[0] == "flow_dpo"
+    assert names("ddpm", "pairs", style_shift=True)[0] == names("ddpm", "pairs", memory=12.0)[0] == "mapo"
+    assert names("flow", "thumbs")[0] == "kto"
+    assert names("flow", "none")[0] == "d3po"
     assert names("flow", "differentiable")[0] == "draft_k"
     assert "flow_grpo" in names("flow", "rule")
     assert "ddpo" not in names("flow", "rule")

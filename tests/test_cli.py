@@ -279,7 +279,7 @@ def test_advise(burnish):
     assert (code, err) == (0, "")
     assert "sd3.5/flow_grpo_geneval" in out
     code, out, _ = burnish("advise", "--base", "ddpm", "--signal", "pairs", "--memory", "12", "--style-shift")
-    assert out.splitlines()[1].startswith("1  MaPO (not in burnish yet)")
+    assert out.splitlines()[1].startswith("1  MaPO")
 
 
 def test_advise_wants_to_know(burnish):

@@ -1,8 +1,7 @@
 """Which method for which model and which signal: the order in which to try them, and why.
 
 The order follows from three questions. What says that a picture is good: a rule, a network with gradients, pairs,
-thumbs? Is the model a flow or a DDPM? How much memory is there? Methods that burnish does not have yet are named all
-the same, for advice that leaves out the right answer is none.
+thumbs? Is the model a flow or a DDPM? How much memory is there?
 Sources: the papers' own comparisons, and for methods that burnish has, `docs/benchmarks.md`.
 """
 
@@ -39,7 +38,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Advice:
-    """`recipe`: a shipped one to start from; None for a method that burnish has not."""
+    """`recipe`: a shipped one to start from, if there is one."""
 
     name: str
     reason: str
@@ -47,7 +46,7 @@ class Advice:
 
     @property
     def title(self) -> str:
-        return ALGORITHMS[self.name].title if self.name in ALGORITHMS else f"{self.name} (not in burnish yet)"
+        return ALGORITHMS[self.name].title
 
 
 def advise(situation: Situation) -> list[Advice]:
@@ -68,19 +67,26 @@ def _ranked(situation: Situation) -> Iterator[tuple[str, str]]:
         yield "alignprop", "gradients through more of the chain: layout can change, over-optimisation comes sooner"
     if situation.signal == "pairs":
         if situation.tight or situation.style_shift:
-            yield "MaPO", "pairs without a reference model: less memory, and free to leave the base's style"
-        yield "Diffusion-DPO", "offline, steady and cheap: the first choice where pairs are there"
-        if not (situation.tight or situation.style_shift):
-            yield "MaPO", "the same without a reference model, for a new style or little memory"
+            yield "mapo", "pairs without a reference model: less memory, and free to leave the base's style"
+        flow = situation.base == "flow"
         yield (
-            "SPO",
-            "preferences of single steps, for detail that Diffusion-DPO misses; needs a step-aware reward",
+            ("flow_dpo" if flow else "diffusion_dpo"),
+            "offline, steady and cheap: the first choice where pairs are there",
         )
+        if not (situation.tight or situation.style_shift):
+            yield "mapo", "the same without a reference model, for a new style or little memory"
+        yield "kto", "of every pair two thumbs: no pair has to be told apart, and in the shapes world it went furthest"
+        yield "rank_dpo", "where a prompt has more than two pictures in an order"
+        yield "inpo", "fewer updates, each with an inversion of every picture before it"
+        yield "dspo", "holds closest to supervised fine-tuning on the better pictures"
+        yield "spo", "preferences of single steps, for detail that Diffusion-DPO misses; needs a step-aware reward"
+        yield "sft", "plain fine-tuning on the better pictures: the baseline to beat"
     if situation.signal == "thumbs":
-        yield "Diffusion-KTO", "takes single thumbs as they come, with no pairs to be made"
-        yield "D3PO", "people compare what the model has just drawn; no reward model"
+        yield "kto", "takes single thumbs as they come, with no pairs to be made"
+        yield "d3po", "compares what the model has just drawn; no scale of a reward is needed"
+        yield "sft", "plain fine-tuning on what was liked: the baseline to beat"
     if situation.signal == "none":
-        yield "D3PO", "people compare what the model has just drawn: the signal is made on the way"
+        yield "d3po", "what the model has just drawn is compared: the signal is made on the way"
         yield from (
             (name, f"once there is a rule (a detector, OCR, a count): {reason}")
             for name, reason in _online(situation, style_shift=situation.style_shift)
@@ -120,8 +126,6 @@ def _shipped() -> list[tuple[str, str]]:
 
 def _recipe(name: str, base: Base) -> str | None:
     """The shipped recipe of an algorithm: for a real model of this kind, then the shapes world's, then FLUX's."""
-    if name not in ALGORITHMS:
-        return None
     fitting = [recipe for recipe, algorithm in _shipped() if algorithm == name]
     families = ({"ddpm": "sd1.5/", "flow": "sd3.5/"}[base], "shapes/")
     order = sorted(fitting, key=lambda recipe: next((n for n, f in enumerate(families) if recipe.startswith(f)), 9))

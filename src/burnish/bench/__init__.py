@@ -6,6 +6,7 @@ from typing import Literal
 from burnish.bench.epoch import bench_alignprop, bench_epoch
 from burnish.bench.memory import bench_memory
 from burnish.bench.overhead import bench_overhead
+from burnish.bench.preferences import bench_preferences
 from burnish.bench.rewards import bench_rewards
 from burnish.bench.scaling import bench_scaling
 from burnish.bench.small import MODEL
@@ -13,7 +14,9 @@ from burnish.bench.step import bench_sde_step
 
 
 def bench(
-    what: Literal["sde", "overhead", "epoch", "alignprop", "scaling", "memory", "rewards", "all"] = "all",
+    what: Literal[
+        "sde", "overhead", "epoch", "alignprop", "scaling", "memory", "preferences", "rewards", "all"
+    ] = "all",
     model: str = MODEL,
     repeats: int | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -26,6 +29,7 @@ def bench(
         "alignprop": lambda: bench_alignprop(**often),
         "scaling": lambda: bench_scaling(model, **often),
         "memory": lambda: bench_memory(model),
+        "preferences": lambda: bench_preferences(model, **often),
         "rewards": lambda: bench_rewards(model, **often),
     }
     return {name: run() for name, run in benchmarks.items() if what in (name, "all")}

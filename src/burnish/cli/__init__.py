@@ -314,6 +314,7 @@ class Benchmark(StrEnum):
     alignprop = "alignprop"
     scaling = "scaling"
     memory = "memory"
+    preferences = "preferences"
     rewards = "rewards"
     all = "all"
 
@@ -323,7 +324,8 @@ def bench(
     what: Annotated[
         Benchmark,
         typer.Argument(
-            help="A step, a trainer's own cost, an epoch of DDPO, a step of AlignProp, sizes, memory, rewards."
+            help="A step, a trainer's own cost, an epoch of DDPO, a step of AlignProp, sizes, memory, updates on "
+            "preferences, rewards."
         ),
     ] = Benchmark.all,
     model: Annotated[str | None, typer.Option(help="The model that is trained.")] = None,

@@ -81,9 +81,7 @@ class LatentStore:
             query = "SELECT latent FROM pictures WHERE key = ?"
             found = [file.execute(query, (key,)).fetchone() for key in keys]
         if None in found:
-            raise UserError(
-                f"{self.path}: a latent of the set is gone: delete the file, and it is made anew"
-            )
+            raise UserError(f"{self.path}: a latent of the set is gone: delete the file, and it is made anew")
         numbers = [np.frombuffer(row[0], np.float16).reshape(-1, *shape) for row in found]
         moments = torch.from_numpy(np.stack(numbers)).float()
         return moments[:, 0], moments[:, 1] if moments.shape[1] > 1 else None

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from burnish import trainers
 from burnish.algorithms import ALGORITHMS
+from burnish.bench.preferences import cost
 from burnish.checkpoint import atomic_write, read_jsonl
 from burnish.config import list_recipes, override
 from burnish.errors import UserError
@@ -26,6 +27,10 @@ COLUMNS = ("method", "model", "seeds", "before", "after", "gain (95%)", "minutes
 # Of methods that go back through their reward, which is a model of the truth that accuracy is.
 REWARDED = ("method", "model", "seeds", "reward", "accuracy", "gain (95%)", "diversity", "minutes", "calls")
 
+# Of methods that learn from what is preferred; what an update costs is of the recipe's own size, on the CPU.
+PREFERRED = ("method", "learns from", "seeds", "accuracy", "gain (95%)", "win rate (95%)", "minutes", "calls an update",
+             "MB an update")  # fmt: skip
+
 # An hour, and shapes/demo is its short form; and what is there to go wrong.
 LEFT_OUT = ("shapes/diffusion_nft", "shapes/hacking")
 
@@ -34,7 +39,8 @@ LEFT_OUT = ("shapes/diffusion_nft", "shapes/hacking")
 class Outcome:
     """One run. `curve`: (network calls so far, accuracy) at each evaluation; `error` of an accuracy, one sigma.
 
-    `reward` and `diversity` of held-out pictures, of the base and at the end, where they were evaluated.
+    `reward` and `diversity` of held-out pictures, of the base and at the end, where they were evaluated; `error` serves
+    for the win rate, too.
     """
 
     recipe: str
@@ -46,6 +52,8 @@ class Outcome:
     error: float
     reward: tuple[float, float] | None = None
     diversity: tuple[float, float] | None = None
+    win_rate: float | None = None  # of held-out pictures against the base's, ties counting half
+    update: Mapping[str, float] | None = None  # `calls` of the network and `mb`, of one update on given pictures
 
     @property
     def calls(self) -> float:
@@ -116,7 +124,20 @@ def outcome(run: Path, recipe: str) -> Outcome:
     model = config.model.rpartition("/")[2]
     sides = {name: [row[f"eval/{name}"] for row in rows if f"eval/{name}" in row] for name in ("reward", "diversity")}
     ends = {name: (values[0], values[-1]) for name, values in sides.items() if values}
-    return Outcome(recipe, config.algorithm, model, config.seed, seconds / 60, tuple(curve), error, **ends)
+    won = [row["eval/win_rate"] for row in rows if "eval/win_rate" in row]
+    given = ALGORITHMS[config.algorithm].trainer == "offline"
+    return Outcome(
+        recipe,
+        config.algorithm,
+        model,
+        config.seed,
+        seconds / 60,
+        tuple(curve),
+        error,
+        **ends,
+        win_rate=won[-1] if won else None,
+        update=cost(recipe, run) if given else None,
+    )
 
 
 def write(outcomes: Sequence[Outcome], output: Path) -> None:
@@ -133,11 +154,11 @@ def write(outcomes: Sequence[Outcome], output: Path) -> None:
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Accuracy over network calls, the mean of the seeds of each recipe, a panel for each kind of model and family."""
-    kinds = {(_gradient(one), one.model) for one in outcomes}
+    kinds = {(_family(one), one.model) for one in outcomes}
     panels = sorted(kinds, key=lambda kind: (kind[0], kind[1] != "flow"))
     figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
-    for panel, (gradient, model) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        groups = [runs for runs in _by_recipe(outcomes) if (_gradient(runs[0]), runs[0].model) == (gradient, model)]
+    for panel, (family, model) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        groups = [runs for runs in _by_recipe(outcomes) if (_family(runs[0]), runs[0].model) == (family, model)]
         ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
         height, room = math.inf, 0.07 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
@@ -151,10 +172,8 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 xycoords="data", textcoords=("axes fraction", "data"), color=line.get_color(), fontsize=8,
                 verticalalignment="center", arrowprops={"arrowstyle": "-", "color": line.get_color(), "alpha": 0.25},
             )  # fmt: skip
-        family = ", reward gradients" if gradient else ""
-        panel.set(
-            title=f"shapes world, {model} base{family}", xlabel="network calls (thousands)", ylabel="held-out accuracy"
-        )
+        title = f"shapes world, {model} base{FAMILIES[family]}"
+        panel.set(title=title, xlabel="network calls (thousands)", ylabel="held-out accuracy")
         panel.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
         panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.grid(alpha=0.3)
@@ -175,22 +194,30 @@ def _by_recipe(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
     return list(groups.values())
 
 
-def _gradient(one: Outcome) -> bool:
-    """Whether it went back through its reward."""
-    return ALGORITHMS[one.algorithm].trainer == "backprop"
+FAMILIES = ("", ", reward gradients", ", preferences")  # in the order of the tables and panels
+
+
+def _family(one: Outcome) -> int:
+    """0 for what samples and scores, 1 for what goes back through its reward, 2 for what learns what is preferred."""
+    row = ALGORITHMS[one.algorithm]
+    if row.trainer == "backprop":
+        return 1
+    return 2 if row.family == "preference" or row.trainer == "offline" else 0
 
 
 def _tables(outcomes: Sequence[Outcome]) -> list[tuple[list[str], list[list[str]]]]:
     """A table for each family; in it a row a recipe, those of a model together and the largest gain first."""
     order = sorted(_by_recipe(outcomes), key=lambda runs: (runs[0].model != "flow", -_mean(one.gain for one in runs)))
-    sampled = [runs for runs in order if not _gradient(runs[0])]
+    sampled, differentiated, preferred = ([runs for runs in order if _family(runs[0]) == one] for one in range(3))
     tables = []
     if sampled:
         target = _target([one for runs in sampled for one in runs])
         columns = [column.format(target=f"{target:.0%}") for column in COLUMNS]
         tables.append((columns, [_row(runs, target) for runs in sampled]))
-    if differentiated := [runs for runs in order if _gradient(runs[0])]:
+    if differentiated:
         tables.append((list(REWARDED), [_rewarded_row(runs) for runs in differentiated]))
+    if preferred:
+        tables.append((list(PREFERRED), [_preferred_row(runs) for runs in preferred]))
     return tables
 
 
@@ -232,6 +259,26 @@ def _rewarded_row(runs: Sequence[Outcome]) -> list[str]:
         sides("diversity"),
         f"{_mean(one.minutes for one in runs):.1f}",
         f"{_mean(one.calls for one in runs) / 1000:.0f}k",
+    ]
+
+
+def _preferred_row(runs: Sequence[Outcome]) -> list[str]:
+    row, after = ALGORITHMS[runs[0].algorithm], [one.curve[-1][1] for one in runs]
+    spread = f" (std {100 * statistics.stdev(after):.1f})" if len(runs) > 1 else ""
+    won = [one.win_rate for one in runs if one.win_rate is not None]
+    seen = statistics.stdev(won) / math.sqrt(len(won)) if len(won) > 1 else 0.0
+    half = 196 * max(math.sqrt(sum(one.error**2 for one in runs)) / len(runs), seen)
+    update = runs[0].update or {}
+    return [
+        row.title,
+        row.needs if row.trainer == "offline" else "its own pictures, judged",
+        str(len(runs)),
+        f"{100 * _mean(one.curve[0][1] for one in runs):.1f}% to {100 * _mean(after):.1f}%{spread}",
+        _gained(runs),
+        f"{100 * _mean(won):.1f}% ± {half:.1f}" if won else "-",
+        f"{_mean(one.minutes for one in runs):.1f}",
+        f"{update['calls']:.0f}" if update else "-",
+        f"{update['mb']:.0f}" if update else "-",
     ]
 
 
