@@ -19,7 +19,8 @@ from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
-from burnish.trainers import backprop, online, session
+from burnish.trainers import backprop, offline, online, session
+from burnish.trainers.settings import DataConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -202,6 +203,14 @@ def test_the_backprop_page_has_every_setting_that_is_its_own_or_has_another_defa
     assert read == wanted
 
 
+def test_the_preferences_page_has_every_setting_that_is_its_own_or_has_another_default():
+    online_too = values(online.OnlineConfig)
+    own = {name: one for name, one in values(offline.OfflineConfig).items() if online_too.get(name, ...) != one}
+    own |= {f"data.{name}": one for name, one in values(DataConfig).items()}
+    read, wanted = read_table("preferences.md", {name: one for name, one in own.items() if name != "data"})
+    assert read == wanted
+
+
 def default_in(cell: str, like: object) -> object:
     """The default that stands first in a cell, `in backticks` or as a word, as a value of the type of `like`."""
     match = re.match(r"`([^`]+)`|([^\s,]+)", cell)
@@ -240,7 +249,16 @@ LOGGED = {
     "refl": {},
     "srpo": {},
     "adjoint_matching": {"route": {"trained_steps": 2}},
+    "d3po": {},
+    "online_dpo": {"replay": {"times_per_sample": 1}},
+    "spo": {"route": {"first": 0, "threshold": 0}},
+    "diffusion_dpo": {},
+    "dspo": {},
+    "kto": {},
+    "rank_dpo": {},
+    "sft": {},
 }
+RANKED = "package:burnish.worlds.shapes/feedback/rankings.parquet"
 OF_ROUNDS = ("num_generations", "updates_per_round", "objective")  # what back-propagation has not, or otherwise
 
 
@@ -255,7 +273,8 @@ def test_the_metrics_page_has_every_metric_that_a_run_logs(algorithm, tiny_recip
         "    return Scores(red, {'red': red})\n"
     )
     recipe = yaml.safe_load(tiny_recipe)
-    if ALGORITHMS[algorithm].trainer == "backprop":
+    trainer = ALGORITHMS[algorithm].trainer
+    if trainer != "online":
         recipe = {name: value for name, value in recipe.items() if name not in OF_ROUNDS} | {"batch_size": 4}
     recipe |= {
         "algorithm": algorithm,
@@ -273,12 +292,18 @@ def test_the_metrics_page_has_every_metric_that_a_run_logs(algorithm, tiny_recip
             **LOGGED[algorithm].get("evaluation", {}),
         },
     }
+    if trainer == "offline":
+        recipe = {
+            name: value for name, value in recipe.items() if name not in ("prompts", "prompts_per_round", "rollout")
+        }
+        recipe |= {"data": {"source": [RANKED], "limit": 4}, "rows_per_round": 4, "batch_size": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run = trainers.train(tmp_path / "recipe.yaml")
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {name for row in rows for name in row} - {"step"}
-    assert {"reward", "rewards/red/mean", "eval/accuracy/colors", "network_calls"} <= logged
-    assert ("kl" in logged) == ("kl_weight" in LOGGED[algorithm].get("objective", {}) or algorithm == "dpok")
+    assert {"eval/accuracy/colors", "eval/win_rate", "network_calls"} <= logged
+    assert trainer == "offline" or {"reward", "rewards/red/mean"} <= logged
+    assert ("kl" in logged) == ("kl_weight" in LOGGED[algorithm].get("objective", {}) or algorithm in ("dpok", "kto"))
     general = re.compile(r"(?<=^rewards/)[^/]+(?=/mean$)"), re.compile(r"(?<=^eval/accuracy/)[^/]+$")
     bounds = re.compile(r"(?<=^eval/accuracy_low/)[^/]+$"), re.compile(r"(?<=^eval/accuracy_high/)[^/]+$")
     named = map(partial(general[0].sub, "<name>"), logged)

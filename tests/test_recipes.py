@@ -8,16 +8,17 @@ import pytest
 from burnish import trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.config import check_settings, dump_config, list_recipes, recipes_directory
-from burnish.data import load_prompts
+from burnish.data import Judgement, load_prompts, read_judgements
 from burnish.processes import RectifiedFlow
 from burnish.rewards import REWARDS, RewardConfig, load_callable
-from burnish.trainers import backprop, online, reward_model, session
+from burnish.trainers import backprop, offline, online, reward_model, session
 
 EVERY = [name for name, _ in list_recipes()]
 REWARD_MODELS = [name for name in EVERY if name.startswith("rewards/")]
 RECIPES = sorted(set(EVERY) - set(REWARD_MODELS))
 BACKPROP = [name for name in RECIPES if isinstance(trainers.load(name), backprop.BackpropConfig)]
-ONLINE = sorted(set(RECIPES) - set(BACKPROP))
+OFFLINE = [name for name in RECIPES if isinstance(trainers.load(name), offline.OfflineConfig)]
+ONLINE = sorted(set(RECIPES) - set(BACKPROP) - set(OFFLINE))
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 each_online_recipe = pytest.mark.parametrize("name", ONLINE)
 
@@ -52,7 +53,7 @@ def test_its_parts_fit_together(name):
 
 @pytest.mark.parametrize("name", BACKPROP)
 def test_a_route_fits_its_chain(name):
-    config = backprop.load(name)
+    config = trainers.load(name)
     ALGORITHMS[config.algorithm].parts["route"](**config.route).check(config.rollout.steps)
     assert config.prompts_per_round % config.batch_size == 0
 
@@ -63,18 +64,25 @@ def test_what_it_names_is_there(name):
     assert bool(config.evaluation.prompts) == bool(config.evaluation.detector)
     if config.evaluation.detector:
         assert callable(load_callable(config.evaluation.detector, "detector"))
-    for prompts in (config.prompts, config.evaluation.prompts):
+    for prompts in (getattr(config, "prompts", None), config.evaluation.prompts):
         if prompts and prompts.startswith("package:"):
-            assert len(load_prompts(prompts)) >= config.prompts_per_round
-    for source, settings in named_rewards(config.reward):
+            assert len(load_prompts(prompts)) >= getattr(config, "prompts_per_round", 1)
+    if name in OFFLINE and config.data.source[0].startswith("package:"):
+        material = ALGORITHMS[config.algorithm].parts["material"](**config.material)
+        first = next(read_judgements(config.data.source[0], material.forms))
+        assert isinstance(first, Judgement)
+        assert list(material.examples(first))
+    for source, settings in named_rewards(config.data.judge if name in OFFLINE else config.reward):
         if ":" in source:
             assert callable(load_callable(source))
         else:
             check_settings(REWARDS[source].make, settings, source)
 
 
-def named_rewards(reward: str | RewardConfig) -> list[tuple[str, dict]]:
+def named_rewards(reward: str | RewardConfig | None) -> list[tuple[str, dict]]:
     """Name or place, and settings, of each reward that a recipe names."""
+    if reward is None:
+        return []
     if isinstance(reward, str):
         return [(reward, {})]
     parts = {**reward.parts, **reward.penalties}
@@ -105,7 +113,7 @@ def smaller(config) -> dict[str, object]:
         "batch_size": 2,
         "mixed_precision": '"no"',
         "weight_dtype": "float32",
-        "lora.rank": 2,
+        "gradient_checkpointing": "false",
         "rollout.steps": 2,
         "rollout.height": "null",
         "rollout.width": "null",
@@ -114,9 +122,17 @@ def smaller(config) -> dict[str, object]:
         "report_to": "[]",
     }
     own = {"num_generations": 2, "updates_per_round": 1} if isinstance(config, online.OnlineConfig) else {}
+    if config.lora:
+        own["lora.rank"] = 2
+    if isinstance(config, offline.OfflineConfig):
+        sampling = ("prompts_per_round", "rollout.steps", "rollout.height", "rollout.width")
+        common = {key: value for key, value in common.items() if key not in sampling}
+        own |= {"rows_per_round": 2, "data.height": "null", "data.width": "null", "data.cache": "null"}
+        own |= {"data.judge": "null", "data.ranked_by_parts": "false"}
     return common | own | SMALLER.get(config.algorithm, {})
 
 
+RANKED = "package:burnish.worlds.shapes/feedback/rankings.parquet"
 SMALLER = {  # what two steps and groups of two are too few for
     "flow_grpo_fast": {"rollout.steps": 6},
     "flow_dppo": {"rollout.steps": 6},
@@ -125,6 +141,8 @@ SMALLER = {  # what two steps and groups of two are too few for
     "branch_grpo": {"collector.splits": "[0]", "collector.children": 2},
     "adjoint_matching": {"rollout.steps": 6},
     "refl": {"rollout.steps": 8},
+    "spo": {"route.first": 0, "route.threshold": 0},
+    "inpo": {"noising.inversion_steps": 2},
 }
 
 
@@ -135,10 +153,14 @@ def test_it_takes_a_round(name, tiny_flow, tmp_path):
     line = {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
     (tmp_path / "prompts.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
     config = trainers.load(name)
-    small = {"model": tiny_flow, "prompts": tmp_path / "prompts.jsonl", "output_dir": tmp_path / "run"}
+    small = {"model": tiny_flow, "output_dir": tmp_path / "run"}
+    if name in OFFLINE:
+        small |= {"data.source": f"[{RANKED}]", "data.limit": 3}
+    else:
+        small |= {"prompts": tmp_path / "prompts.jsonl"}
     (tmp_path / "bright.py").write_text("def bright(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
     stands_in = f"{tmp_path / 'bright.py'}:bright" if name in BACKPROP else "burnish.worlds.shapes:reward"
-    small |= dict.fromkeys(to_be_downloaded(config.reward), stands_in)
+    small |= dict.fromkeys(to_be_downloaded(config.reward), stands_in) if config.reward else {}
     small |= smaller(config)
     small |= {"evaluation.prompts": tmp_path / "prompts.jsonl"} if config.evaluation.prompts else {}
     run = trainers.train(name, [f"{key}={value}" for key, value in small.items()])
@@ -147,7 +169,8 @@ def test_it_takes_a_round(name, tiny_flow, tmp_path):
     fresh = name in ONLINE and config.algorithm != "dpok"  # whose buffer mixes its batches
     assert not fresh or rows[1]["ratio/first_deviation"] == 0
     assert rows[1]["skipped_updates"] == 0
-    assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+    left = "adapter/pytorch_lora_weights.safetensors" if config.lora else "pipeline/model_index.json"
+    assert (run / left).is_file()
 
 
 def test_sd35_recipes_are_as_published():
@@ -192,9 +215,10 @@ def test_a_clip_in_shapes_means_what_it_means_on_sd35():
 def test_recipes_name_no_absolute_path():
     for name in RECIPES:
         config = trainers.load(name)
+        own = config.data.source if name in OFFLINE else [config.prompts]
         for value in (
             config.model,
-            config.prompts,
+            *own,
             config.output_dir,
             *(place for place, _ in named_rewards(config.reward)),
         ):

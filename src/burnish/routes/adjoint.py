@@ -11,8 +11,9 @@ from torch import Tensor
 from burnish.errors import UserError
 from burnish.processes import Gaussian
 from burnish.replay import Loss, Objective
+from burnish.rewards import Judge
 from burnish.rollout import Rollout, independent, sample
-from burnish.routes.protocol import Batch, Rewarding
+from burnish.routes.protocol import Batch, Rewarding, check_gradient
 from burnish.routes.tape import Tape
 
 
@@ -39,6 +40,9 @@ class Adjoint:
     decay: Annotated[float, Ge(0), Lt(1)] = 0.9  # of the running mean; EMA_decay
     guided: bool = False
     state: dict[str, float] = field(default_factory=dict, init=False)
+
+    def check_reward(self, tape: Tape, reward: Judge, batch: Batch) -> None:
+        check_gradient(tape, reward, batch)
 
     def check(self, steps: int) -> None:
         if steps < 3:

@@ -125,6 +125,22 @@ class Route(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+def check_gradient(tape: Tape, reward: Judge, batch: Batch) -> None:
+    """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
+    noise = torch.randn((1, *batch.shape), generator=batch.draw())
+    latents, before = noise.to(tape.policy.device).requires_grad_(), reward.state_dict()
+    rewards = Rewarding(reward)(tape.decode(latents), batch.texts, batch.prompts)
+    reward.load_state_dict(before)
+    if not rewards.requires_grad:
+        raise UserError(
+            f"reward {reward.name} has no gradient with respect to the pictures, which this method needs: choose "
+            "one that `burnish reward list` calls differentiable, or a policy gradient (`burnish advise`)"
+        )
+    (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+    if not gradient.isfinite().all():
+        raise RewardError(f"reward {reward.name}: its gradient is not finite for prompt {batch.texts[0]!r}: mend it")
+
+
 class Plain:
     """Any sampler, chains of any length, nothing to remember; the reward has a gradient."""
 
@@ -132,21 +148,7 @@ class Plain:
         pass
 
     def check_reward(self, tape: Tape, reward: Judge, batch: Batch) -> None:
-        """Whether the reward of a picture, of noise still, has a gradient that comes back to its latents."""
-        noise = torch.randn((1, *batch.shape), generator=batch.draw())
-        latents, before = noise.to(tape.policy.device).requires_grad_(), reward.state_dict()
-        rewards = Rewarding(reward)(tape.decode(latents), batch.texts, batch.prompts)
-        reward.load_state_dict(before)
-        if not rewards.requires_grad:
-            raise UserError(
-                f"reward {reward.name} has no gradient with respect to the pictures, which this method needs: choose "
-                "one that `burnish reward list` calls differentiable, or a policy gradient (`burnish advise`)"
-            )
-        (gradient,) = torch.autograd.grad(rewards.sum(), latents)
-        if not gradient.isfinite().all():
-            raise RewardError(
-                f"reward {reward.name}: its gradient is not finite for prompt {batch.texts[0]!r}: mend it"
-            )
+        check_gradient(tape, reward, batch)
 
     def sampler(self, process: Any, chosen: Any) -> Any:
         return chosen
