@@ -101,6 +101,8 @@ def to_be_downloaded(reward: str | RewardConfig) -> list[str]:
     """The settings that name a reward whose weights are on the hub."""
     if isinstance(reward, str):
         return ["reward"] if reward in REWARDS and REWARDS[reward].size != "nothing" else []
+    if any(part.source == "trained" and "package:" not in str(part.settings) for part in reward.parts.values()):
+        return ["reward"]  # a model of the user's own: with its settings, which no other source would take
     shipped = {name for name, part in reward.parts.items() if str(part.settings.get("model")).startswith("package:")}
     return [f"reward.parts.{name}.source" for name in reward.parts if name not in shipped]
 

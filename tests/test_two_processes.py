@@ -41,8 +41,15 @@ ALGORITHMS = {
         "replay": {"times_per_sample": 2, "behaviour_rate": 0.02},
     },
 }
-# By a reward's gradient; apart from the others, whose last is stopped on its way.
-GRADIENTS = {
+RANKED = "package:burnish.worlds.shapes/feedback/rankings.parquet"
+# From given pictures, by a reward's gradient, or by duels; apart from the others, whose last is stopped on its way.
+GIVEN = {
+    "diffusion_dpo": {"algorithm": "diffusion_dpo", "objective": {"beta": 20.0}},
+    "kto": {"algorithm": "kto", "objective": {"beta": 10.0}},  # its common point is of all processes
+    "precomputed": {"algorithm": "diffusion_dpo", "objective": {"beta": 20.0}, "reference_draws": 2},
+}
+GRADIENTS = GIVEN | {
+    "d3po": {"algorithm": "d3po", "objective": {"clip": 0.5}, "replay": {"skip_last": 1}},
     "draft": {"algorithm": "draft", "objective": {"kl_weight": 0.02}},
     "draft_lv": {"algorithm": "draft_lv", "objective": {}},
 }
@@ -87,12 +94,21 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
         update = {"update": {"learning_rate": 1e-2, "adam_epsilon": 1e-4}, "updates_per_round": 2, "batch_size": 4}
         recipe = OmegaConf.merge(OmegaConf.create(tiny_recipe), settings, update)
         recipe.objective = settings.get("objective", {"kl_weight": 0.02})
+        if ROWS[settings["algorithm"]].trainer == "offline":
+            sampling = {"prompts", "prompts_per_round", "rollout", "num_generations", "updates_per_round"}
+            recipe = OmegaConf.masked_copy(recipe, set(recipe) - sampling)
+            # One network call of one process sees as many rows as the two of two processes together: KTO's batch.
+            recipe = OmegaConf.merge(
+                recipe, {"data": {"source": [RANKED], "limit": 4}, "rows_per_round": 8, "update": {"warmup_steps": 0}}
+            )
         if ROWS[settings["algorithm"]].trainer == "backprop":
             recipe = OmegaConf.masked_copy(recipe, set(recipe) - {"num_generations", "updates_per_round"})
             recipe.batch_size = 2
         recipe = OmegaConf.create(OmegaConf.to_yaml(recipe).replace("FOLDER", str(folder)))
         for count in ("one", "two"):
             recipe.output_dir = str(folder / count / name)
+            if name in GIVEN:
+                recipe.batch_size = {"one": 8, "two": 4}[count]
             OmegaConf.save(recipe, folder / f"{count}-{name}.yaml")
     (folder / "stopping.py").write_text(STOPPING)
     recipe.reward, recipe.output_dir = f"{folder / 'stopping.py'}:red", str(folder / "two/stopped")
@@ -113,7 +129,9 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("round 2/2  reward") == len(GRADIENTS | ALGORITHMS) + 1  # only the first process speaks
+    # Only the first process speaks.
+    assert done.stdout.count("round 2/2  reward") == len(GRADIENTS | ALGORITHMS) - len(GIVEN) + 1
+    assert done.stdout.count("round 2/2  loss") == len(GIVEN)
     assert done.stdout.count("stopped after round 1") == 1
     return folder
 
@@ -136,8 +154,12 @@ def test_every_metric_is_the_same(runs, name):
     for left, right in zip(one, two, strict=True):
         assert left.keys() == right.keys()
         for key in left:
-            padded = name == "branch_grpo" and key == "network_calls"  # shared steps fill whole calls on each process
-            if not key.startswith("seconds/") and not padded:
+            padded = (
+                name in ("branch_grpo", "d3po") and key == "network_calls"
+            )  # shared steps fill whole calls on each process
+            if left[key] is None:  # nothing was told apart yet
+                assert right[key] is None
+            elif not key.startswith("seconds/") and not padded:
                 assert right[key] == pytest.approx(left[key], rel=1e-5, abs=1e-5), key
     assert len(one[1]) > 9
     assert (one[1].get("missing_rewards", 0) > 0) == (name == "ensemble")

@@ -120,16 +120,17 @@ class Thumbs:
     forms = ("thumbs", *PAIRED, "ranking")
 
     def examples(self, row: Judgement) -> Iterator[Judgement | Fault]:
+        label = row.scores[0]
         if len(row.scores) > 1:
             if len(set(row.scores)) == 1:
                 yield Fault(row.place, "tie", "no picture is better than another: it teaches nothing")
                 return
             for place, score in enumerate(row.scores):
                 yield replace(chosen(row, (place,)), scores=(float(score > min(row.scores)),))
-        elif row.scores[0] in (0, 1):
+        elif label in (0, 1):
             yield row
         else:
-            text = f"the label is {row.scores[0]:g}: a thumb is 1 or 0 (true or false)"
+            text = f"the label is {label:g}: a thumb is 1 or 0 (true or false)"
             yield Fault(row.place, "label out of range", text)
 
     def groups(self, scores: np.ndarray) -> tuple[list[np.ndarray], float]:

@@ -29,15 +29,16 @@ class TimeConditioning(nn.Module):
         super().__init__()
         vision: Any = clip.vision_model
         width, layers = clip.config.vision_config.hidden_size, vision.encoder.layers  # pyright: ignore
-        self.embed = nn.Sequential(nn.Linear(SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
-        self.layers = nn.ModuleList(nn.Linear(width, 6 * width) for _ in layers)
+        first, second = nn.Linear(SINUSOIDS, width), nn.Linear(width, width)
+        modulations = [nn.Linear(width, 6 * width) for _ in layers]
+        self.embed, self.layers = nn.Sequential(first, nn.SiLU(), second), nn.ModuleList(modulations)
         self.final = nn.Linear(width, 2 * width)
-        for linear in (self.embed[0], self.embed[2]):
+        for linear in (first, second):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in (*self.layers, self.final):
+        for linear in (*modulations, self.final):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for linear in self.layers:
+        for linear in modulations:
             with torch.no_grad():
                 gates = linear.bias.view(6, width)
                 gates[2], gates[5] = 1.0, 1.0
