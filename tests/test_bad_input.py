@@ -136,7 +136,7 @@ SETTINGS = {
     "negative steps": ("rollout.steps=-1", "rollout.steps=-1", "greater than 0"),
     "no rounds": ("rounds=0", "rounds=0", "greater than 0"),
     "a group of one": ("num_generations=1", "num_generations=1", "greater than 1"),
-    "no adapter, which methods with a reference need": ("lora=null", "lora=null", "section"),
+    "an adapter that is no section": ("lora=4", "lora=4", "section"),
     "negative learning rate": ("update.learning_rate=-1e-3", "update.learning_rate", "greater than 0"),
     "unquoted no": ("mixed_precision=no", "mixed_precision=false", "quote the word"),
     "unknown algorithm": ("algorithm=flow_gpro", "algorithm=flow_gpro", "did you mean flow_grpo?"),

@@ -216,6 +216,7 @@ def test_a_curve_goes_from_corner_to_corner():
 
 
 CARD_CONFIG = {
+    "lora": {"rank": 4},
     "reward": "a:b",
     "evaluation": {"steps": 7, "guidance": 2.5, "images_per_prompt": 2, "seed": 43},
 }
@@ -237,6 +238,7 @@ def test_a_card_names_what_others_can_reach(tmp_path, base, named, loads):
         paper="https://arxiv.org/abs/2505.05470",
         config={"model": base, **CARD_CONFIG},
         metrics={"step": 3, **evaluated(0.75)},
+        signal="reward looks",
         prompt="a 'cat'",
         picture=Path("samples/step-000003.png"),
     )
@@ -256,7 +258,14 @@ def test_a_card_names_what_others_can_reach(tmp_path, base, named, loads):
 
 
 def test_a_card_without_evaluation_claims_nothing(tmp_path):
-    settings = {"base_model": "a/b", "algorithm": "X", "paper": "p", "config": CARD_CONFIG, "prompt": "a cat"}
+    settings = {
+        "base_model": "a/b",
+        "algorithm": "X",
+        "paper": "p",
+        "config": CARD_CONFIG,
+        "prompt": "a cat",
+        "signal": "s",
+    }
     card = write_card(tmp_path, metrics={"step": 1}, **settings).read_text("utf-8")
     assert "accuracy" not in card
     assert "![" not in card

@@ -3,7 +3,9 @@
 import io
 import json
 import tarfile
+from collections import Counter
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -204,3 +206,28 @@ def test_a_census_counts_and_names_the_first():
     lines = {what: (count, note) for what, count, note in census.lines()}
     assert lines["tie"] == ("5", "row 0: equal")
     assert lines["sizes"] == ("1", "4 x 3 (2)")
+
+
+def test_a_hundred_thousand_rows_stream_in_flat_memory(tmp_path):
+    """Whatever is read of it is let go of: 95,000 rows more, with 190 MB in them, take no more than the first 5,000."""
+    path, rows = tmp_path / "many.parquet", 100_000
+    filler = bytes(range(256)) * 4
+    schema = pyarrow.schema(
+        [("prompt", pyarrow.string()), ("chosen", pyarrow.binary()), ("rejected", pyarrow.binary())]
+    )
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for start in range(0, rows, 2000):
+            numbers = range(start, start + 2000)
+            chosen = [png(9) + number.to_bytes(4, "big") + filler for number in numbers]
+            rejected = [filler if number % 100 == 7 else png(0) + filler for number in numbers]
+            prompts = [f"prompt {number}" if number % 100 != 3 else " " for number in numbers]
+            writer.write_table(pyarrow.table([prompts, chosen, rejected], schema=schema))
+    assert path.stat().st_size > 200e6
+    process, early, most, faults = psutil.Process(), 0, 0, Counter()
+    for number, row in enumerate(read_judgements(path)):
+        faults[row.why if isinstance(row, Fault) else "sound"] += 1
+        if number % 1000 == 0:
+            held = process.memory_info().rss
+            early, most = (max(early, held), most) if number <= 5000 else (early, max(most, held))
+    assert faults == {"sound": 99_000, "no prompt": 1000}
+    assert most - early < 30e6

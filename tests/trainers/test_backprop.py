@@ -220,7 +220,7 @@ def steep(images, prompts, metadata):
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"reward": "jpeg_compressibility"}, UserError, "reward jpeg_size has no gradient .*draft_k needs"),
+        ({"reward": "jpeg_compressibility"}, UserError, "reward jpeg_size has no gradient .*this method needs"),
         ({"reward": "FILE:hard"}, UserError, "hard has no gradient"),
         ({"reward": "FILE:kilobytes"}, UserError, "kilobytes has no gradient"),
         ({"reward": "FILE:nothing"}, RewardError, "nothing: total is nan"),

@@ -283,6 +283,18 @@ def test_a_kl_in_the_reward_is_paid_by_each_step(config):
             assert not torch.allclose(told[:, 0], told[:, 1])
 
 
+def test_the_whole_network_is_pulled_to_a_frozen_copy(config, tiny_flow):
+    """Without a LoRA: a KL needs the base, which is kept, and the run leaves a pipeline."""
+    run = online.train(config("flow_grpo", lora=None, objective={"kl_weight": 0.02}, update={"learning_rate": 1e-4}))
+    first, second = rows(run)[1:]
+    assert first["ratio/first_deviation"] == second["ratio/first_deviation"] == 0
+    assert first["kl"] < second["kl"]
+    own = load_file(run / "pipeline/transformer/diffusion_pytorch_model.safetensors")
+    base = load_file(tiny_flow / "transformer/diffusion_pytorch_model.safetensors")
+    assert own.keys() == base.keys()
+    assert any(not torch.equal(own[name], base[name]) for name in own)
+
+
 def test_inner_epochs_go_through_the_samples_again(config):
     told = rows(online.train(config("flow_grpo", inner_epochs=2, objective={"clip": 0.02}, update={"ema_decay": 0.0})))
     assert told[1]["ratio/first_deviation"] == 0

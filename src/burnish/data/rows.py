@@ -69,10 +69,11 @@ def _file(path: Path, source: str) -> Iterator[Row]:
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(AT_ONCE):
-            for values in batch.to_pylist():
-                number += 1
-                yield f"row {number}", values
+        for group in range(file.num_row_groups):  # all of them in one iteration would stay in memory
+            for batch in file.iter_batches(AT_ONCE, row_groups=[group]):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", values
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
