@@ -246,6 +246,6 @@ ONLINE: dict[str, Algorithm] = {
         processes=(DDPM, FLOW),
         paper="https://arxiv.org/abs/2406.04314",
         summary="at each step several candidates from one latent, the best against the worst, by a judge of that step",
-        result="SD1.5 and SDXL: above Diffusion-DPO on PickScore, HPSv2, ImageReward and aesthetics (table)",
+        result="SD1.5 and SDXL: above Diffusion-DPO in aesthetics, no worse alignment than the base (table)",
     ),
 }
