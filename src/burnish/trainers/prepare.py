@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ from burnish.rewards import Judge
 from burnish.trainers.settings import DataConfig
 
 AT_ONCE = 64  # rows between two commits
+COLUMNS = (
+    TextColumn("[bold]data"),
+    MofNCompleteColumn(),
+    BarColumn(bar_width=24),
+    TimeElapsedColumn(),
+    TextColumn("eta"),
+    TimeRemainingColumn(),
+)
 STRICT = ("label out of range",)  # the columns were misread: no row of them can be trusted
 
 
@@ -71,7 +79,7 @@ def prepare(
         store = LatentStore(path, {"VAE": fingerprint(policy.pipeline.vae), "size": list(size)})
         if store.census(name) is None:
             with torch.no_grad():
-                _fill(store, name, config, policy, material, judge, size)
+                _Filling(store, config, policy, material, judge, size).fill(name)
     accelerator.wait_for_everyone()
     store = LatentStore(path, {})
     told = store.census(name)
@@ -117,125 +125,115 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fill(
-    store: LatentStore,
-    name: str,
-    config: DataConfig,
-    policy: Policy,
-    material: Material,
-    judge: Judge | None,
-    size: tuple[int, int],
-) -> None:
-    part, census = store.begin(name), Census()
-    rows = (row for source in config.source for row in read_judgements(source, material.forms))
-    walk: Iterator[Judgement | Fault] = islice(rows, config.limit)
-    counts = [count_rows(source) for source in config.source]
-    total = None if None in counts else min(sum(count or 0 for count in counts), config.limit or 1 << 62)
-    columns = (TextColumn("[bold]data"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),
-               TextColumn("eta"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("rows", total=total)
-        while block := list(islice(walk, AT_ONCE)):
-            first = census.kept
-            stages = list(_staged(block, store, census, config, policy, material, judge, size))
-            store.add(part, first, stages)
-            bar.advance(task, len(block))
-    store.finish(name, census.to_json())
+@dataclass
+class _Filling:
+    """Rows on their way into the store: read, checked, decoded, encoded; what is left out is told to the `census`."""
 
+    store: LatentStore
+    config: DataConfig
+    policy: Policy
+    material: Material
+    judge: Judge | None
+    size: tuple[int, int]
+    census: Census = field(default_factory=Census)
 
-def _staged(
-    block: Sequence[Judgement | Fault],
-    store: LatentStore,
-    census: Census,
-    config: DataConfig,
-    policy: Policy,
-    material: Material,
-    judge: Judge | None,
-    size: tuple[int, int],
-) -> Iterator[Stage]:
-    """The rows of a block that are sound, their latents in the store; the others are told to the census."""
-    pictures: dict[bytes, Tensor] = {}  # those that were decoded here
-    sound: list[tuple[Judgement, dict[int, bytes]]] = []
-    rows = (one for row in block for one in _examples(row, material if judge is None else None))
-    for row in rows:
-        keyed = _keyed(row, store, config, size, pictures, census, everything=judge is not None)
-        if not isinstance(keyed, Fault):
-            sound.append(keyed)
-            continue
-        if keyed.why in STRICT:
-            raise UserError(f"{keyed.place}: {keyed.text}")
-        census.leave(keyed)
-    fresh = store.lacks([key for _, keys in sound for key in keys.values()])
-    wanted = [key for key in pictures if key in fresh]
-    for start in range(0, len(wanted), policy.decode_batch_size):
-        keys = wanted[start : start + policy.decode_batch_size]
-        moments = policy.posterior(torch.stack([pictures[key] for key in keys]).to(policy.device))
-        store.put(dict(zip(keys, moments, strict=True)))
-    for row, keys in sound:
-        judged: list[Judgement | Fault] = [row]
-        if judge is not None:
-            images = torch.stack([pictures[keys[id(stored)]] for stored in row.pictures]).to(policy.device)
-            scored = replace(row, scores=_judged(judge, images, row, config.ranked_by_parts))
-            judged = list(material.examples(scored))
-        for one in judged:
-            if isinstance(one, Fault):
-                census.leave(one)
-            else:
-                census.keep()
-                yield Stage(one.place, one.prompt, tuple(keys[id(stored)] for stored in one.pictures), one.scores)
+    def fill(self, name: str) -> None:
+        part, sources = self.store.begin(name), self.config.source
+        rows = (row for source in sources for row in read_judgements(source, self.material.forms))
+        walk: Iterator[Judgement | Fault] = islice(rows, self.config.limit)
+        with Progress(*COLUMNS, transient=True) as bar:
+            task = bar.add_task("rows", total=self.total())
+            while block := list(islice(walk, AT_ONCE)):
+                first = self.census.kept
+                self.store.add(part, first, list(self.stages(block)))
+                bar.advance(task, len(block))
+        self.store.finish(name, self.census.to_json())
 
+    def total(self) -> int | None:
+        """How many rows will be read, where that can be said before."""
+        counts = [count_rows(source) for source in self.config.source]
+        known = [count for count in counts if count is not None]
+        return min(sum(known), self.config.limit or sum(known)) if len(known) == len(counts) else self.config.limit
 
-def _examples(row: Judgement | Fault, material: Material | None) -> Iterator[Judgement | Fault]:
-    """What is trained on of a row, where its scores are known; else the row."""
-    if isinstance(row, Fault) or material is None:
-        yield row
-    else:
-        yield from material.examples(row)
+    def stages(self, block: Sequence[Judgement | Fault]) -> Iterator[Stage]:
+        """What is trained on of some rows, the latents of its pictures in the store."""
+        decoded: dict[bytes, Tensor] = {}
+        sound: list[tuple[Judgement, dict[int, bytes]]] = []
+        for row in block:
+            for one in self.examples(row):
+                keyed = one if isinstance(one, Fault) else self.keyed(one, decoded)
+                if not isinstance(keyed, Fault):
+                    sound.append(keyed)
+                elif keyed.why in STRICT:
+                    raise UserError(f"{keyed.place}: {keyed.text}")
+                else:
+                    self.census.leave(keyed)
+        self.encode(decoded)
+        for row, keys in sound:
+            for one in self.judged(row, keys, decoded):
+                if isinstance(one, Fault):
+                    self.census.leave(one)
+                else:
+                    self.census.keep()
+                    yield Stage(one.place, one.prompt, tuple(keys[id(stored)] for stored in one.pictures), one.scores)
 
+    def examples(self, row: Judgement | Fault) -> Iterator[Judgement | Fault]:
+        """What is trained on of a row, where its scores are known; else the row."""
+        if isinstance(row, Fault) or self.judge is not None:
+            yield row
+        else:
+            yield from self.material.examples(row)
 
-def _keyed(
-    row: Judgement | Fault,
-    store: LatentStore,
-    config: DataConfig,
-    size: tuple[int, int],
-    pictures: dict[bytes, Tensor],
-    census: Census,
-    *,
-    everything: bool,
-) -> tuple[Judgement, dict[int, bytes]] | Fault:
-    """The row and the key of each of its pictures, by their identity; those that have no latent yet (or `everything`)
-    decoded into `pictures`."""
-    if isinstance(row, Fault):
-        return row
-    try:
-        keys = tuple(map(picture_key, row.pictures))
-    except OSError as error:
-        return Fault(row.place, "corrupt picture", f"{error.filename} cannot be read ({error.strerror})")
-    if len(set(keys)) < len(keys):
-        return Fault(row.place, "identical pictures", "two of its pictures are one and the same")
-    lacking = set(keys) if everything else store.lacks(keys)
-    for key, stored in zip(keys, row.pictures, strict=True):
-        if key not in lacking or key in pictures:
-            continue
+    def keyed(self, row: Judgement, decoded: dict[bytes, Tensor]) -> tuple[Judgement, dict[int, bytes]] | Fault:
+        """The row and the key of each of its pictures, by their identity; those that have no latent yet, or all that a
+        judge is to see, are put into `decoded`."""
         try:
-            image = decode(stored)
-        except ValueError as error:
-            return Fault(row.place, "corrupt picture", f"{error}: drop the row")
-        census.sizes[image.shape[1], image.shape[2]] += 1
-        if config.fit == "exact" and image.shape[1:] != size:
-            raise UserError(
-                f"{row.place}: a picture has {image.shape[2]} x {image.shape[1]} pixels, and data.fit=exact wants "
-                f"{size[1]} x {size[0]} of all: set data.fit=cut, which scales and cuts them, or drop the row"
-            )
-        pictures[key] = fitted(image, size)
-    return row, {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
+            keys = tuple(map(picture_key, row.pictures))
+        except OSError as error:
+            return Fault(row.place, "corrupt picture", f"{error.filename} cannot be read ({error.strerror})")
+        if len(set(keys)) < len(keys):
+            return Fault(row.place, "identical pictures", "two of its pictures are one and the same")
+        lacking = self.store.lacks(keys) if self.judge is None else set(keys)
+        for key, stored in zip(keys, row.pictures, strict=True):
+            if key not in lacking or key in decoded:
+                continue
+            try:
+                image = decode(stored)
+            except ValueError as error:
+                return Fault(row.place, "corrupt picture", f"{error}: drop the row")
+            self.census.sizes[image.shape[1], image.shape[2]] += 1
+            if self.config.fit == "exact" and image.shape[1:] != self.size:
+                raise UserError(
+                    f"{row.place}: a picture has {image.shape[2]} x {image.shape[1]} pixels, and data.fit=exact wants "
+                    f"{self.size[1]} x {self.size[0]} of all: set data.fit=cut, which scales and cuts, or drop the row"
+                )
+            decoded[key] = fitted(image, self.size)
+        return row, {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
+
+    def encode(self, decoded: Mapping[bytes, Tensor]) -> None:
+        wanted = list(self.store.lacks(list(decoded)))
+        for start in range(0, len(wanted), self.policy.decode_batch_size):
+            keys = wanted[start : start + self.policy.decode_batch_size]
+            moments = self.policy.posterior(torch.stack([decoded[key] for key in keys]).to(self.policy.device))
+            self.store.put(dict(zip(keys, moments, strict=True)))
+
+    def judged(
+        self, row: Judgement, keys: Mapping[int, bytes], decoded: Mapping[bytes, Tensor]
+    ) -> Iterator[Judgement | Fault]:
+        """What is trained on of a row, by the judge's scores where there is one."""
+        if self.judge is None:
+            yield row
+            return
+        images = torch.stack([decoded[keys[id(stored)]] for stored in row.pictures]).to(self.policy.device)
+        scores = judged_scores(self.judge, images, row.prompt, by_parts=self.config.ranked_by_parts)
+        yield from self.material.examples(replace(row, scores=scores))
 
 
-def _judged(judge: Judge, images: Tensor, row: Judgement, by_parts: bool) -> tuple[float, ...]:
+def judged_scores(judge: Judge, images: Tensor, prompt: str, *, by_parts: bool) -> tuple[float, ...]:
     """A score for each picture: the reward, or with `by_parts` the share of the others that it beats, as the mean over
     the reward's parts (RankDPO's merit)."""
-    prompts: list[str] = [row.prompt] * len(images)
-    lines: list[Mapping[str, Any]] = [{"prompt": row.prompt}] * len(images)
+    prompts: list[str] = [prompt] * len(images)
+    lines: list[Mapping[str, Any]] = [{"prompt": prompt}] * len(images)
     scores = judge.judge(images, prompts, lines)
     if by_parts and scores.parts:
         merits = [beaten(part.float()[None])[0] for part in scores.parts.values()]
