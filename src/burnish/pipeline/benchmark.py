@@ -160,7 +160,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     for panel, (family, model) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         groups = [runs for runs in _by_recipe(outcomes) if (_family(runs[0]), runs[0].model) == (family, model)]
         ends = [_mean(one.curve[side][1] for one in runs) for runs in groups for side in (0, -1)]
-        height, room = math.inf, 0.07 * (max(ends) - min(ends))
+        height, room = math.inf, 0.055 * (max(ends) - min(ends))
         for number, runs in enumerate(sorted(groups, key=lambda runs: -_mean(one.curve[-1][1] for one in runs))):
             calls, accuracy = zip(*_together(runs).curve, strict=True)
             thousands = np.array(calls) / 1000
