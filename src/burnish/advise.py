@@ -75,7 +75,10 @@ def _ranked(situation: Situation) -> Iterator[tuple[str, str]]:
         )
         if not (situation.tight or situation.style_shift):
             yield "mapo", "the same without a reference model, for a new style or little memory"
-        yield "kto", "of every pair two thumbs: no pair has to be told apart, and in the shapes world it went furthest"
+        yield (
+            "kto",
+            "of every pair two thumbs: no pair has to be told apart, and in the shapes world it is a little ahead",
+        )
         yield "rank_dpo", "where a prompt has more than two pictures in an order"
         yield "inpo", "fewer updates, each with an inversion of every picture before it"
         yield "dspo", "holds closest to supervised fine-tuning on the better pictures"
