@@ -10,6 +10,7 @@ from pathlib import Path
 
 from burnish.algorithms import ALGORITHMS
 from burnish.bench.memory import peak
+from burnish.checkpoint import atomic_write
 from burnish.config import list_recipes, read_recipe
 from burnish.trainers import offline
 
@@ -60,7 +61,7 @@ def cost(recipe: str, folder: Path) -> dict[str, float]:
             measure: Callable[[], object] = partial(offline.one_round, session)
             size = peak(session.policy, measure)
             calls = (session.policy.calls - called) / 2  # `peak` makes two updates
-        file.write_text(json.dumps({"calls": calls, "mb": size}) + "\n")
+        atomic_write(file, json.dumps({"calls": calls, "mb": size}) + "\n")
     return json.loads(file.read_text())
 
 

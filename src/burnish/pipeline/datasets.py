@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +34,8 @@ def check_data(source: str, *, limit: int | None = None, output: Path | None = N
     census, prompts, ties, liked, singles = Census(), set(), 0, 0, 0
     shown: list[tuple[str, list[torch.Tensor]]] = []
     rows = islice(read_judgements(source), limit)
-    first = next(rows, None)
-    for row in track(chain([first] if first else [], rows), "rows", total=limit or count_rows(source), transient=True):
-        sound = row if isinstance(row, Fault) else decoded(row, census)
-        if isinstance(sound, Fault):
-            census.leave(sound)
-            continue
-        judgement, pictures = sound
-        census.keep()
+    total = limit or count_rows(source)
+    for judgement, pictures in sound(track(rows, "rows", total=total, transient=True), census):
         prompts.add(hash(judgement.prompt))
         ties += len(judgement.scores) > 1 and len(set(judgement.scores)) == 1
         singles += len(judgement.scores) == 1
@@ -68,7 +62,21 @@ def check_data(source: str, *, limit: int | None = None, output: Path | None = N
     return census
 
 
-def decoded(row: Judgement, census: Census) -> tuple[Judgement, list[torch.Tensor]] | Fault:
+Sound = tuple[Judgement, list[torch.Tensor]]  # a row and its pictures
+
+
+def sound(rows: Iterable[Judgement | Fault], census: Census) -> Iterator[Sound]:
+    """The sound rows with their pictures; all are told to the census."""
+    for row in rows:
+        told = row if isinstance(row, Fault) else decoded(row, census)
+        if isinstance(told, Fault):
+            census.leave(told)
+        else:
+            census.keep()
+            yield told
+
+
+def decoded(row: Judgement, census: Census) -> Sound | Fault:
     """The row and its pictures, or what is wrong with them."""
     try:
         pictures = [decode(stored) for stored in row.pictures]
@@ -98,28 +106,18 @@ def convert_data(source: str, output: Path, *, to: Kind, limit: int | None = Non
         raise UserError(f"{output} is there already: give another name")
     census = Census()
     rows = islice(read_judgements(source, material.forms), limit)
-    sound = _sound(rows, material, census)
-    first = next(sound, None)
+    examples = (one for row in rows for one in ([row] if isinstance(row, Fault) else material.examples(row)))
+    found = (judgement for judgement, _ in sound(examples, census))
+    first = next(found, None)
     if first is None:
         raise UserError(f"{source}: no row is left to write ({census.sentence()})")
-    values = (_values(row, to) for row in chain([first], sound))
+    values = (_values(row, to) for row in chain([first], found))
     writers = {".parquet": save_feedback, ".tar": _write_tar, "": _write_folder}
     if output.suffix not in writers:
         raise UserError(f"{output}: a set is written as .parquet, .tar or a folder, not as {output.suffix!r}")
     count = writers[output.suffix](output, values)
     Console(highlight=False).print(f"{output}: {count:,} rows; of {source} {census.sentence()}")
     return count
-
-
-def _sound(rows: Iterator[Judgement | Fault], material: Any, census: Census) -> Iterator[Judgement]:
-    for row in rows:
-        for one in material.examples(row) if isinstance(row, Judgement) else [row]:
-            told = one if isinstance(one, Fault) else decoded(one, census)
-            if isinstance(told, Fault):
-                census.leave(told)
-            else:
-                census.keep()
-                yield told[0]
 
 
 def _values(row: Judgement, to: Kind) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from rich.progress import track
 from torch import Tensor
 
 from burnish.collectors import seed_of
-from burnish.data import Fault, decode, fitted, load_prompts, read_judgements, save_feedback
+from burnish.data import Census, fitted, load_prompts, read_judgements, save_feedback
 from burnish.data.judgements import PAIRED
 from burnish.data.rows import count_rows
 from burnish.errors import UserError
 from burnish.pictures import to_png
+from burnish.pipeline.datasets import Sound, sound
 from burnish.pipeline.target import open_target
 from burnish.policies import Policy
 from burnish.rewards import Judge, load_judge
@@ -37,34 +38,28 @@ def noised_pairs(
     """Pairs as a policy sees them on the way: both pictures at the same random time with the same noise, and x0 as the
     network predicts it from there (SPO's step-aware preference model). What is said of a pair stays, ties too.
 
-    Returns how many were written; rows that are not sound are left out. Reference: RockeyCoss/SPO
+    Returns how many were written; rows that are not sound are left out and told. Reference: RockeyCoss/SPO
     step_aware_preference_model, where a pair gets other noise each time it comes; here `source` may be given again
     with another seed.
     """
     policy = open_target(model)
-    rows = (row for row in islice(read_judgements(source, PAIRED), limit) if not isinstance(row, Fault))
+    census = Census()
+    rows = sound(islice(read_judgements(source, PAIRED), limit), census)
     total = limit or count_rows(source)
     count = save_feedback(
         output, track(_noised(rows, policy, guidance, batch_size, seed), "pairs", total=total, transient=True)
     )
     if not count:
-        raise UserError(f"{source}: no pair is sound: see `burnish data check {source}`")
-    print(f"{output}: {count:,} pairs")
+        raise UserError(f"{source}: no pair is sound ({census.sentence()})")
+    print(f"{output}: {count:,} pairs; of {source} {census.sentence()}")
     return count
 
 
-def _noised(rows: Any, policy: Policy, guidance: float, each: int, seed: int) -> Iterator[dict[str, Any]]:
+def _noised(rows: Iterator[Sound], policy: Policy, guidance: float, each: int, seed: int) -> Iterator[dict[str, Any]]:
     size, times, number = policy.pixels(), policy.times(), 0
     while block := list(islice(rows, each)):
-        pictures, kept = [], []
-        for row in block:
-            try:
-                pictures.append(torch.stack([fitted(decode(stored), size) for stored in row.pictures]))
-                kept.append(row)
-            except ValueError:
-                continue  # `burnish data check` names it
-        if not kept:
-            continue
+        kept = [row for row, _ in block]
+        pictures = [torch.stack([fitted(picture, size) for picture in own]) for _, own in block]
         draws = [torch.Generator().manual_seed(seed_of(seed, "noised", number + place)) for place in range(len(kept))]
         number += len(kept)
         levels = torch.stack([torch.randint(len(times), (), generator=draw) for draw in draws])

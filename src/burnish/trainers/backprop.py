@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from burnish import checkpoint
 from burnish.algorithms import ALGORITHMS
 from burnish.collectors import seed_of
 from burnish.config import override
 from burnish.data import PromptStream, load_prompts
-from burnish.errors import UserError
 from burnish.monitors import EarlyStop
 from burnish.policies import Policy
 from burnish.replay import Loss
@@ -32,7 +30,16 @@ from burnish.routes import Batch, Rewarding, Route, Tape
 from burnish.trainers.pretraining import Pretraining
 from burnish.trainers.rounds import run_rounds
 from burnish.trainers.run import Run
-from burnish.trainers.session import begin, check_steps, load_held_out, load_trained, make_accelerator, make_sampler
+from burnish.trainers.session import (
+    begin,
+    check_divides,
+    check_steps,
+    everywhere,
+    load_held_out,
+    load_trained,
+    make_accelerator,
+    make_sampler,
+)
 from burnish.trainers.settings import BackpropConfig, load_run
 from burnish.trainers.update import Update
 
@@ -102,11 +109,7 @@ def train(config: BackpropConfig, *, resuming: bool = False) -> Path:
 def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
     """Load everything a run needs, check that it fits together, and make or reopen the run's directory."""
     row, accelerator = ALGORITHMS[config.algorithm], make_accelerator(config)
-    if config.prompts_per_round % (config.batch_size * accelerator.num_processes):
-        raise UserError(
-            f"prompts_per_round={config.prompts_per_round} pictures do not divide into processes x batch_size = "
-            f"{accelerator.num_processes} x {config.batch_size}: change one"
-        )
+    check_divides(config, "prompts_per_round", "pictures", accelerator.num_processes)
     prompts, reward = load_prompts(config.prompts), load_judge(config.reward)
     held_out, detector = load_held_out(config)
     route = row.parts["route"](**config.route)
@@ -157,21 +160,17 @@ def one_round(session: Session) -> dict[str, float]:
     stepped = session.update.step()
     policy.autocast = nullcontext  # pictures to look at, and evaluation, are in full precision
 
-    def everywhere(values: Tensor) -> Tensor:
-        gathered: Any = accelerator.gather(values.to(accelerator.device))
-        return gathered
-
     # The loss is the sum of what was yielded; what there is to say of each is a mean.
     told = {name: torch.stack(values).nanmean() for name, values in sums.items()} | {
         "loss": torch.stack(sums["loss"]).sum()
     }
-    means = everywhere(torch.stack(list(told.values()))[None]).mean(0).tolist()
-    scores = joined(rewarding.told).each(everywhere)
+    means = everywhere(accelerator, torch.stack(list(told.values()))[None]).mean(0).tolist()
+    scores = joined(rewarding.told).each(partial(everywhere, accelerator))
     return {
         "reward": scores.total.mean().item(),
         "reward_std": scores.total.std(correction=0).item(),
         **{f"rewards/{name}/mean": part.nanmean().item() for name, part in scores.parts.items()},
-        "network_calls": everywhere(torch.tensor([policy.calls - called])).sum().item(),
+        "network_calls": everywhere(accelerator, torch.tensor([policy.calls - called])).sum().item(),
         **dict(zip(told, means, strict=True)),
         **stepped,
         "seconds/update": time.perf_counter() - start,

@@ -35,7 +35,7 @@ from burnish.rewards import Judge, load_judge
 from burnish.trainers.prepare import Prepared, fingerprint, prepare
 from burnish.trainers.rounds import run_rounds
 from burnish.trainers.run import Run
-from burnish.trainers.session import begin, load_held_out, load_trained, make_accelerator
+from burnish.trainers.session import begin, check_divides, everywhere, load_held_out, load_trained, make_accelerator
 from burnish.trainers.settings import OfflineConfig, load_run
 from burnish.trainers.update import Update
 
@@ -69,8 +69,7 @@ class Session:
 
     def everywhere(self, values: Tensor) -> Tensor:
         """`values` of every process, one after the other, on every process."""
-        gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
-        return gathered
+        return everywhere(self.accelerator, values)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -113,11 +112,7 @@ def open_session(config: OfflineConfig, *, resuming: bool = False) -> Session:
     """Load everything a run needs, check that it fits together, prepare the data, and make or reopen the run's
     directory."""
     row, accelerator = ALGORITHMS[config.algorithm], make_accelerator(config)
-    if config.rows_per_round % (config.batch_size * accelerator.num_processes):
-        raise UserError(
-            f"rows_per_round={config.rows_per_round} rows do not divide into processes x batch_size = "
-            f"{accelerator.num_processes} x {config.batch_size}: change one"
-        )
+    check_divides(config, "rows_per_round", "rows", accelerator.num_processes)
     objective, material = partial(row.objective, **config.objective), row.parts["material"](**config.material)
     check_reference(config, objective)
     held_out, detector = load_held_out(config)
@@ -241,12 +236,12 @@ def precompute(session: Session) -> None:
     assert config.reference_draws
     assert name is not None
     accelerator = session.accelerator
-    asked = [Visit(row, turn) for turn in range(config.reference_draws) for row in range(session.data.count)]
-    asked = asked[accelerator.process_index :: accelerator.num_processes]
+    count = session.data.count
+    asked = range(count * config.reference_draws)[accelerator.process_index :: accelerator.num_processes]
     starts = range(0, len(asked), config.batch_size)
     session.policy.autocast = lambda: accelerator.autocast()
     for start in track(starts, "reference", transient=True, disable=not accelerator.is_main_process):
-        visits = asked[start : start + config.batch_size]
+        visits = [Visit(number % count, number // count) for number in asked[start : start + config.batch_size]]
         there = store.errors(name, visits)
         lacking = [visit for visit, found in zip(visits, there, strict=True) if found is None]
         if lacking:

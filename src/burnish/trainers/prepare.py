@@ -211,7 +211,8 @@ class _Filling:
         return row, {id(stored): key for stored, key in zip(row.pictures, keys, strict=True)}
 
     def encode(self, decoded: Mapping[bytes, Tensor]) -> None:
-        wanted = list(self.store.lacks(list(decoded)))
+        lacking = self.store.lacks(list(decoded))
+        wanted = [key for key in decoded if key in lacking]  # in the rows' order: a set's is another each time
         for start in range(0, len(wanted), self.policy.decode_batch_size):
             keys = wanted[start : start + self.policy.decode_batch_size]
             moments = self.policy.posterior(torch.stack([decoded[key] for key in keys]).to(self.policy.device))

@@ -78,8 +78,7 @@ class Session:
 
     def everywhere(self, values: Tensor) -> Tensor:
         """`values` [share, ...] of every process, one after the other, on every process."""
-        gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
-        return gathered
+        return everywhere(self.accelerator, values)
 
     def mine(self, values: Tensor) -> Tensor:
         """This process' share of what `everywhere` gave."""
@@ -148,6 +147,22 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     )
     begin(session, resuming=resuming)
     return session
+
+
+def everywhere(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """`values` of every process, one after the other, on every process."""
+    gathered: Any = accelerator.gather(values.to(accelerator.device))
+    return gathered
+
+
+def check_divides(config: RunConfig, setting: str, what: str, processes: int) -> None:
+    """UserError where as many as `setting` says do not fill whole network calls on every process."""
+    count, batch_size = getattr(config, setting), config.batch_size
+    if count % (batch_size * processes):
+        raise UserError(
+            f"{setting}={count} {what} do not divide into processes x batch_size = {processes} x {batch_size}: "
+            "change one"
+        )
 
 
 @runtime_checkable  # for beartype, under test

@@ -9,6 +9,9 @@ followed: the loop is that of `burnish.trainers.backprop`. A round is one update
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Gt
 
 from burnish.config import override
 from burnish.policies import LoraConfig
@@ -25,8 +28,8 @@ __all__ = ["StepwiseConfig", "load", "resume", "train"]
 class StepwiseConfig(BackpropConfig):
     """Everything a stepwise run depends on. Defaults: RockeyCoss/SPO for SD1.5, 10 prompts a GPU on 4 GPUs."""
 
-    prompts_per_round: int = 40
-    batch_size: int = 10
+    prompts_per_round: Annotated[int, Gt(0)] = 40
+    batch_size: Annotated[int, Gt(0)] = 10
     lora: LoraConfig | None = field(default_factory=lambda: LoraConfig(rank=4, alpha=4))
     rollout: RolloutConfig = field(
         default_factory=lambda: RolloutConfig(steps=20, guidance=5.0, sampler="sde", noise_level=1.0)
