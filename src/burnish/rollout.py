@@ -23,7 +23,7 @@ class RolloutConfig:
 
     steps: Annotated[int, Gt(0)] = 10  # denoising reduction: evaluation takes 40
     guidance: Annotated[float, Ge(0)] = 4.5  # in sampling and training alike; up to 1 there is none
-    sampler: Literal["sde", "dance", "cps", "ode", "dpm2"] = "sde"  # noise in the steps: see burnish.processes
+    sampler: Literal["sde", "dance", "cps", "ode", "dpm2", "lcm"] = "sde"  # noise in the steps: see burnish.processes
     noise_level: Annotated[float, Ge(0)] = 0.7  # a of "sde" and "cps", eta of "dance" and of DDIM
     solver: Literal["ode", "dpm2"] = "ode"  # of the steps that a collector leaves without noise
     height: Annotated[int, Gt(0)] | None = None  # pixels; the pipeline's own size unless given
@@ -226,7 +226,8 @@ class _Walk:
 
 
 class Noise:
-    """The noise that a plan's streams give, drawn on the CPU as pipelines do: of latents of `shape`."""
+    """The noise that a plan's streams give, drawn on the CPU as pipelines do: of latents of `shape`; the first is as
+    large as the grid says."""
 
     def __init__(self, plan: Plan, shape: tuple[int, ...], device: torch.device) -> None:
         self.plan, self.device, steps = plan, device, plan.grid.steps if plan.length else 0
@@ -234,7 +235,7 @@ class Noise:
         for seed in plan.streams.unique().tolist():
             generator = torch.Generator().manual_seed(seed)
             self.drawn[seed] = (
-                torch.randn(shape, generator=generator),
+                torch.randn(shape, generator=generator) * plan.grid.start,
                 torch.randn((steps, *shape), generator=generator),
             )
 

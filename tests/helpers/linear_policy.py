@@ -45,13 +45,18 @@ class Toy(Policy):
     def bias(self) -> nn.Parameter:
         return self.parameters["bias"]
 
+    _latent = (1, (2, 2))
+
+    def trainable(self):
+        return dict(self.parameters.named_parameters())
+
     def latent_shape(self, height=None, width=None):
         return (1, 2, 2)
 
     def _encode_prompts(self, prompts):
         return {"nothing": torch.zeros(len(prompts), 1)}
 
-    def _forward(self, x, time, conditioning):
+    def _forward(self, x, time, told, guidance):
         if self.on_base:
             return self.base * x
         step = int(((1 - time[0]) * len(self.bias)).round().clamp(max=len(self.bias) - 1))

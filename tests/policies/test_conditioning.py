@@ -1,5 +1,8 @@
+import logging
+
 import pytest
 import torch
+from stock_pipelines import MAIN, load
 
 from burnish.policies import Conditioning, load_policy
 from burnish.policies.conditioning import PromptCache
@@ -65,3 +68,30 @@ def test_negative_prompts_for_all_or_for_each(make, family):
         assert torch.equal(one.negative[name][0], each.negative[name][0])
         assert not torch.equal(one.negative[name][1], each.negative[name][1])
         assert torch.equal(policy.encode(prompts, "").negative[name], policy.encode(prompts).negative[name])
+
+
+@pytest.mark.parametrize("family", MAIN)
+def test_a_prompt_that_is_cut_gives_a_warning_with_what_is_lost(family, caplog):
+    options = {} if family in ("sd", "sdxl") else {"max_sequence_length": 12}
+    policy = load(family, **options)
+    with caplog.at_level(logging.WARNING, "burnish"):
+        policy.encode(["a red circle"])
+        assert not caplog.records or family == "lumina-2"  # its system prompt alone is longer
+        caplog.clear()
+        policy.encode(["a red circle above " + "two blue squares " * 9 + "photo triangle"])
+    (record,) = [one for one in caplog.records if one.name.startswith("burnish")]
+    said = record.getMessage()
+    assert said.startswith("prompt 'a red circle above two blue squares t...' has ")
+    assert "\n" not in said
+    assert "triangle" in said.partition("cut off is ")[2]
+
+
+def test_zeros_are_what_sdxl_takes_for_no_negative_prompt():
+    policy = load("sdxl")
+    prompts = ["a red circle", "two squares"]
+    assert not any(tensor.any() for tensor in policy.encode(prompts).negative.values())
+    assert all(tensor.any() for tensor in policy.encode(prompts, "").negative.values())
+    policy = load("sdxl")
+    policy.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    for name, tensor in policy.encode(prompts).negative.items():
+        assert torch.equal(tensor, policy.encode(prompts, "").negative[name])

@@ -1,8 +1,13 @@
 """A policy's deterministic chain is the stock pipeline's, picture by picture."""
 
+import math
+
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from stock_pipelines import FAMILIES, load, stock_call
 
+from burnish.errors import UserError
 from burnish.policies import LoraConfig, load_policy
 from burnish.rollout import sample
 
@@ -10,10 +15,24 @@ PROMPTS = ["a red circle", "two blue squares", "a photo of a cross above a trian
 SEEDS = [3, 1, 4]
 
 
-def stock_run(pipeline, prompts, seeds, *, output_type, **options):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    images = pipeline(prompts, generator=generators, num_inference_steps=5, output_type=output_type, **options).images
-    return images
+# One step of Turbo's own Euler sampler has no noise, more have: those are compared where the noise is.
+STEPS = {"sdxl-turbo": 1}
+PLAIN = [family for family in FAMILIES if not family.startswith(("flux", "sdxl-lcm"))]  # guidance has a second branch
+
+
+def stock_run(pipeline, policy, prompts, seeds, *, guidance=1.0, negative=None, steps=5, size=(None, None), **options):
+    """Pictures of the stock pipeline, and the latents that they were made of."""
+    told = stock_call(policy, prompts, guidance=guidance, size=size) | options
+    if negative is not None:
+        told["negative_prompt"] = [negative] * len(prompts)
+    made = pipeline(  # Z-Image writes into the list that it is given
+        list(prompts),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=steps,
+        output_type="pt",
+        **told,
+    )
+    return made.frames if hasattr(made, "frames") else made.images
 
 
 def close(actual, expected):
@@ -25,34 +44,120 @@ def close(actual, expected):
     ("guidance", "negative"), [(1.0, None), (4.5, None), (4.5, "a green cross")], ids=["unguided", "guided", "negative"]
 )
 @torch.no_grad()
-def test_latents_and_images(stock, make, family, guidance, negative):
-    policy = load_policy(make(family))
-    rollout = sample(policy, PROMPTS, steps=5, seeds=SEEDS, guidance=guidance, negative=negative)
-    told = {"guidance_scale": guidance, "negative_prompt": negative and [negative] * len(PROMPTS)}
-    close(rollout.latents, stock_run(stock, PROMPTS, SEEDS, output_type="latent", **told))
-    images = stock_run(stock, PROMPTS, SEEDS, output_type="pt", **told)
-    close(policy.decode(rollout.latents), images)
+def test_pictures(stock, family, guidance, negative):
+    policy, steps = load(family), STEPS.get(family, 5)
+    rollout = sample(policy, PROMPTS, steps=steps, seeds=SEEDS, guidance=guidance, negative=negative)
+    images = stock_run(stock, policy, PROMPTS, SEEDS, steps=steps, guidance=guidance, negative=negative)
+    ours = policy.decode(rollout.latents)
+    torch.testing.assert_close(ours, images, rtol=0, atol=1e-5)
     assert images.std() > 0.01  # they show something, and not all the same
     assert (images[0] - images[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("family", ["sd", "sd-zero-snr", "sdxl"], indirect=True)
 @torch.no_grad()
-def test_what_it_is_told_changes_the_latents(make, family):
-    policy = load_policy(make(family))
+def test_guidance_rescale(stock, family):
+    policy, plain = load(family, guidance_rescale=0.7), load(family)
+    rollouts = [sample(one, PROMPTS, steps=5, seeds=SEEDS, guidance=6.0) for one in (policy, plain)]
+    images = stock_run(stock, policy, PROMPTS, SEEDS, guidance=6.0, guidance_rescale=0.7)
+    torch.testing.assert_close(policy.decode(rollouts[0].latents), images, rtol=0, atol=1e-5)
+    assert (rollouts[0].latents - rollouts[1].latents).abs().max() > 0.01
+
+
+def test_guidance_rescale_where_the_pipeline_has_none():
+    with pytest.raises(UserError, match=r"pipeline\.guidance_rescale: the SanaPipeline knows none"):
+        load("sana", guidance_rescale=0.7)
+
+
+@pytest.mark.parametrize(("family", "sampler"), [("sdxl-turbo", 1.0), ("sdxl-lcm", None)], indirect=["family"])
+@torch.no_grad()
+def test_few_step_models_with_their_own_noise(stock, family, sampler):
+    """Turbo's Euler steps with noise are DDIM's with eta = 1, but for the last; an LCM's are its own, all of them."""
+    policy = load(family)
+    seen = []
+    stock_run(
+        stock,
+        policy,
+        PROMPTS,
+        SEEDS,
+        steps=4,
+        callback_on_step_end=lambda pipeline, step, time, told: seen.append(told["latents"]) or told,
+    )
+    rollout = sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=sampler, keep="final")
+    if family == "sdxl-lcm":
+        close(rollout.latents, seen[-1])
+        return
+    kept = sample(policy, PROMPTS, steps=4, seeds=SEEDS, sampler=sampler, keep="trajectory").trajectory
+    grid = policy.grid(4)
+    for index in range(3):  # Euler's latents are those of another scale
+        level = policy.process.add_noise(torch.ones(1, 1), torch.zeros(1, 1), grid.next_times[index])
+        close(kept[:, index + 1], seen[index] * level)
+
+
+@torch.no_grad()
+def test_what_it_is_told_changes_the_latents(family):
+    policy = load(family)
 
     def latents(prompt="a red circle", **options):
         return sample(policy, [prompt], steps=5, seeds=[0], **options).latents
 
     plain, guided = latents(), latents(guidance=4.5)
-    for other in (latents("two blue squares"), guided):
-        assert (plain - other).abs().max() > 1e-3
-    assert (guided - latents(guidance=4.5, negative="a green cross")).abs().max() > 1e-3
+    assert (plain - latents("two blue squares")).abs().max() > 1e-3
+    if family != "flux-schnell":
+        assert (plain - guided).abs().max() > 1e-4
+    if family in PLAIN:
+        assert (guided - latents(guidance=4.5, negative="a green cross")).abs().max() > 1e-3
+
+
+def test_the_second_branch_is_computed_only_where_guidance_asks_for_it(family):
+    policy, rows = load(family), []
+    forward = policy._network
+    policy._network = lambda *told, **named: rows.append(1) or forward(*told, **named)
+    both = policy.encode(["a red circle"])
+    x = torch.randn((1, *policy.latent_shape()))
+    time = policy.grid(4).times[1]
+    with torch.no_grad():
+        for guidance in (policy.unguided, 4.5):
+            policy.predict(x, time, both, guidance)
+    assert policy.calls == (3 if family in PLAIN else 2)
+    assert len(rows) == 2  # both branches in one call
+
+
+@torch.no_grad()
+def test_the_noise_and_the_target_are_those_of_the_training_examples(family):
+    """diffusers' examples noise by the scheduler, or by (1 - s) x0 + s noise, and take noise, v or noise - x0."""
+    policy = load(family)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn((2, 2, *policy.latent_shape()), generator=generator)
+    if policy.process.name == "variance_preserving":
+        times = torch.tensor([10, 700])
+        config = policy.pipeline.scheduler.config
+        stock = DDPMScheduler.from_config({name: config[name] for name in config if not name.startswith("_")})
+        close(policy.process.add_noise(x0, noise, times), stock.add_noise(x0, noise, times))
+        v = stock.config.prediction_type == "v_prediction"
+        close(policy.process.target(x0, noise, times), stock.get_velocity(x0, noise, times) if v else noise)
+        return
+    times = policy.times()[torch.tensor([10, 700])]
+    s = times.view(-1, *[1] * (x0.ndim - 1))
+    x = policy.process.add_noise(x0, noise, times)
+    if family in ("lumina-2", "z-image"):  # the examples' time runs the other way, and the network's answer as well
+        close(x, (1 - (1 - s)) * noise + (1 - s) * x0)
+        told, raw = policy.encode(PROMPTS[:2]), []
+        forward = policy._network
+        policy._network = lambda *inputs, **named: raw.append(forward(*inputs, **named)) or raw[-1]
+        prediction = policy.predict(x, times, told, policy.unguided)
+        answer = raw[0][0]
+        answer = torch.stack(list(answer)).squeeze(2) if family == "z-image" else answer
+        close(prediction, -answer)  # x0 - noise, what the examples compare it with
+    else:
+        close(x, (1 - s) * x0 + s * noise)
+    close(policy.process.target(x0, noise, times), noise - x0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 @torch.no_grad()
-def test_a_picture_is_the_same_alone_and_in_a_batch(make, family, guidance):
-    policy = load_policy(make(family))
+def test_a_picture_is_the_same_alone_and_in_a_batch(family, guidance):
+    policy = load(family)
     together = sample(policy, PROMPTS, steps=5, seeds=SEEDS, guidance=guidance)
     images = policy.decode(together.latents)
     for i in range(len(PROMPTS)):
@@ -61,14 +166,20 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(make, family, guidance):
         close(policy.decode(alone.latents), images[i : i + 1])
 
 
-@pytest.mark.parametrize(("family", "size"), [("sd", 24), ("sd3", 24), ("shapes-flow", 16)], indirect=["family"])
 @torch.no_grad()
-def test_another_size(stock, make, family, size):
-    policy = load_policy(make(family))
-    rollout = sample(policy, PROMPTS[:2], steps=5, seeds=SEEDS[:2], height=size, width=16)
-    sides = {"height": size, "width": 16, "guidance_scale": 1.0}
-    close(rollout.latents, stock_run(stock, PROMPTS[:2], SEEDS[:2], output_type="latent", **sides))
-    assert policy.decode(rollout.latents).shape == (2, 3, size, 16)
+def test_another_size(stock, family):
+    policy = load(family)
+    multiple = policy.factor * policy.patch
+    step = math.lcm(multiple, {"sana": 32, "lumina-2": 16, "wan-2.1": 16, "wan-2.2": 16}.get(family, 8))
+    size, steps = (3 * step, 2 * step), STEPS.get(family, 5)
+    rollout = sample(policy, PROMPTS[:2], steps=steps, seeds=SEEDS[:2], height=size[0], width=size[1])
+    images = stock_run(stock, policy, PROMPTS[:2], SEEDS[:2], steps=steps, size=size)
+    ours = policy.decode(rollout.latents)
+    torch.testing.assert_close(ours, images, rtol=0, atol=1e-5)
+    assert ours.shape[-2:] == size
+    if multiple > 1:
+        with pytest.raises(UserError, match=rf"height={size[0] + 1}: the \w+ takes multiples of {multiple} pixels"):
+            policy.latent_shape(size[0] + 1, size[1])
 
 
 @pytest.mark.parametrize("family", ["sd3"], indirect=True)
@@ -77,8 +188,9 @@ def test_a_schedule_that_shifts_with_the_size(stock, make, family):
     pipeline = make(family)
     for one in (stock, pipeline):
         one.scheduler = type(one.scheduler).from_config(one.scheduler.config, use_dynamic_shifting=True)
-    rollout = sample(load_policy(pipeline), PROMPTS, steps=5, seeds=SEEDS)
-    close(rollout.latents, stock_run(stock, PROMPTS, SEEDS, output_type="latent", guidance_scale=1.0))
+    policy = load_policy(pipeline)
+    rollout = sample(policy, PROMPTS, steps=5, seeds=SEEDS)
+    close(policy.decode(rollout.latents), stock_run(stock, policy, PROMPTS, SEEDS))
 
 
 @pytest.mark.parametrize("family", ["sd3", "shapes-flow"], indirect=True)
@@ -115,9 +227,9 @@ def test_folds_only_where_t5_is_silent(make, family, folds):
 
 
 @torch.no_grad()
-def test_decode_and_encode_images(make, family):
-    policy = load_policy(make(family))
-    latents = torch.randn((3, *policy.latent_shape()))
+def test_decode_and_encode_images(family):
+    policy = load(family)
+    latents = torch.randn((3, *policy.latent_shape()), generator=torch.Generator().manual_seed(0))
     images = policy.decode(latents)
     assert images.dtype == torch.float32
     assert images.min() >= 0

@@ -259,7 +259,7 @@ def test_zero_terminal_snr():
     "scheduler",
     [
         PNDMScheduler(**SD15, skip_prk_steps=True, steps_offset=1),
-        EulerDiscreteScheduler(**SD15, steps_offset=1),
+        EulerDiscreteScheduler(**SD15, steps_offset=1, timestep_spacing="leading"),
         DDPMScheduler(**LATENT),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
@@ -269,6 +269,18 @@ def test_other_schedulers_become_ddim(scheduler):
     expected = VariancePreserving.from_scheduler(DDIMScheduler(**LATENT))
     assert torch.equal(process.timesteps(20), expected.timesteps(20))
     torch.testing.assert_close(process.alphas_cumprod, expected.alphas_cumprod)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_an_euler_scheduler_keeps_its_times_its_start_and_its_end(spacing):
+    """Also where its settings are its class' defaults, which are not DDIM's."""
+    scheduler = EulerDiscreteScheduler(**SD15, **({} if spacing == "linspace" else {"timestep_spacing": spacing}))
+    process = VariancePreserving.from_scheduler(scheduler)
+    scheduler.set_timesteps(20)
+    assert process.timesteps(20).tolist() == scheduler.timesteps.round().int().tolist()
+    sigma = scheduler.init_noise_sigma  # of latents that are then divided by sqrt(sigma^2 + 1)
+    assert process.grid(20).start == pytest.approx(float(sigma / (sigma**2 + 1) ** 0.5), abs=1e-6)
+    assert process.final_alpha_cumprod == 1
 
 
 def test_the_given_scheduler_is_left_alone():

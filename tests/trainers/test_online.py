@@ -358,8 +358,8 @@ def test_a_training_pass_unlike_the_sampling_pass_stops_the_run(config):
     session = online.open_session(config("flow_grpo"))
     forward = session.policy._forward
 
-    def noisy(x, time, conditioning):  # dropout, say, that is on only while gradients are taken
-        return forward(x, time, conditioning) * (1.01 if torch.is_grad_enabled() else 1.0)
+    def noisy(*told):  # dropout, say, that is on only while gradients are taken
+        return forward(*told) * (1.01 if torch.is_grad_enabled() else 1.0)
 
     session.policy._forward = noisy
     with pytest.raises(UserError, match="the first ratio of the round is off 1 by"):

@@ -144,7 +144,7 @@ def _valued(
     asked = [lines[int(torch.randint(len(lines), (), generator=draw))] for _ in numbers]
     texts: list[str] = [line["prompt"] for line in asked]
     grid, told = policy.grid(steps), policy.encode(texts)
-    x = torch.randn((len(asked), *policy.latent_shape()), generator=draw).to(policy.device)
+    x = torch.randn((len(asked), *policy.latent_shape()), generator=draw).to(policy.device) * grid.start
     x = _go(policy, x, grid, range(stop), told, guidance, sampler, draw)
     time = grid.times[stop]
     prediction = policy.predict(x, time, told, guidance)

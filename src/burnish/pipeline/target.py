@@ -1,22 +1,19 @@
 """From a model or a run to a policy: adapters are loaded by stock diffusers, as anybody would."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from burnish import trainers
 from burnish.errors import UserError
 from burnish.policies import Policy, load_policy
-from burnish.policies.load import load_pipeline, quietly
+from burnish.policies.load import load_pipeline
+from burnish.policies.lora_files import ADAPTER_FILE, load_lora
+from burnish.policies.options import PipelineConfig
 from burnish.trainers.settings import RunConfig
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def open_target(
@@ -31,6 +28,7 @@ def open_target(
     """
     config = run_config(target)
     model, dtype = str(target), torch.float32
+    options = config.pipeline if config else PipelineConfig()
     if config is not None and not config.lora:
         model = str(Path(target) / config.product)
         if not Path(model).is_dir():
@@ -41,47 +39,20 @@ def open_target(
         if adapters is None and not (own / ADAPTER_FILE).is_file():
             raise UserError(f"{target} has no adapter/{ADAPTER_FILE}: finish it with `burnish resume {target}`")
         adapters = adapters or own
-    pipeline: Any = load_pipeline(model, dtype)
+    pipeline: Any = load_pipeline(model, dtype, options)
     if adapters is not None:
         weights = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
         for number, adapter in enumerate(weights):
-            _load_adapter(pipeline, adapter, model, f"lora-{number}")
+            load_lora(pipeline, adapter, f"lora-{number}")
         scales = [weight * lora_scale for weight in weights.values()]
         if scales != [1.0]:
             pipeline.set_adapters([f"lora-{number}" for number in range(len(weights))], scales)
     elif lora_scale != 1:
         raise UserError(f"lora_scale={lora_scale}: {target} has no adapter to scale: give one")
-    return load_policy(pipeline, device=str(PartialState().device))
+    return load_policy(pipeline, device=str(PartialState().device), options=options)
 
 
 def run_config(target: str | Path) -> RunConfig | None:
     """The settings of the run in `target`; None where that is no run's directory."""
     file = Path(target) / "config.yaml"
     return trainers.load(file) if file.is_file() else None
-
-
-def _load_adapter(pipeline: Any, adapter: Path, model: str, name: str) -> None:
-    path = adapter / ADAPTER_FILE if adapter.is_dir() else adapter
-    if not path.is_file():
-        raise UserError(f"adapter {adapter}: there is no {ADAPTER_FILE}: give the directory that training wrote it to")
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = len(list(file.keys()))
-        with quietly(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are meant
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-    except SafetensorError as error:
-        raise UserError(f"adapter {path}: is no whole safetensors file ({error}): copy it again") from error
-    except (RuntimeError, ValueError, KeyError) as error:  # shapes that differ, modules that are not there
-        raise UserError(f"adapter {path}: does not fit {model}: use it with the model it was trained on") from error
-    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    loaded = sum(
-        "lora_" in parameter and f".{name}." in parameter
-        for network in networks
-        for parameter, _ in network.named_parameters()
-    )
-    if loaded != stored:  # the loader skips what it does not know and says nothing
-        raise UserError(
-            f"adapter {path}: {loaded} of its {stored} tensors have a place in {model}: "
-            "use it with the model it was trained on"
-        )

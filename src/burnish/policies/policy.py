@@ -5,88 +5,150 @@ the pictures, its own `save_lora_weights` the file. The network's LoRA is traine
 all of the network.
 """
 
-import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import peft
 import torch
-from annotated_types import Gt
 from diffusers import DiffusionPipeline
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from burnish.errors import UserError
 from burnish.pixels import clamped
-from burnish.policies.conditioning import Conditioning, PromptCache
+from burnish.policies.autoencoder import LatentScale
+from burnish.policies.conditioning import Conditioning, PromptCache, TextTable, warn_of_cut
+from burnish.policies.guidance import guided
+from burnish.policies.lora_files import load_lora
+from burnish.policies.options import PipelineConfig
+from burnish.policies.trained import NAME, Adapter, LoraConfig, Trained, Whole, check_adapter, linear_layers
 from burnish.processes import Grid, RectifiedFlow, VariancePreserving
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """The adapter that is trained. Defaults: Flow-GRPO for SD3.5-M, `scripts/train_sd3.py`."""
-
-    rank: Annotated[int, Gt(0)] = 32
-    alpha: Annotated[float, Gt(0)] = 64  # the adapter's output is scaled by alpha / rank
-    # q, k, v, out (of both streams); every linear layer; or the ends of the names of those that are meant
-    targets: Literal["attention", "all-linear"] | list[str] = "attention"
-    dora: bool = False  # a length for each column of a weight besides (Liu et al. 2024, arXiv 2402.09353)
-    # Added into the weights at each call instead of run beside them: one product a layer instead of three, which is
-    # quicker where the network is small; a large one pays a copy of its weights. Needs fp32 weights.
-    merged: bool = False
+CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # diffusers train_dreambooth_lora_sdxl.py
 
 
 class Policy(ABC):
     """A pipeline's network under a LoRA, with its prompts, latents and pictures. Made by `load_policy`.
 
-    Latents are [batch, channels, height, width]; time is the process' own (flow: s from 1 to 0; DDPM: integer t).
+    Latents are [batch, *latent]; time is the process' own (flow: s from 1 to 0; DDPM: integer t); `guidance` is the
+    number that the pipeline's own call takes, whatever its name there.
     """
 
+    network_name = "transformer"  # of the component that is trained
     attention_targets: tuple[str, ...]  # of the family's published LoRA recipes
+    clip_encoders: tuple[str, ...] = ()  # text encoders that its published recipes train
+    unguided = 1.0  # up to here guidance needs no second branch
+    embeds_guidance = False  # the network is told the guidance, so there never is a second branch
+    rescales = False  # whether its pipeline knows guidance_rescale
+    patch = 1  # latent pixels a side of what the network sees as one
+    tokenizer_name = "tokenizer"  # of the text encoder that sees most of a prompt
+    text_tokens = 0  # the default of the pipeline's `max_sequence_length`; 0: it has none
 
-    def __init__(self, pipeline: DiffusionPipeline, process: RectifiedFlow | VariancePreserving) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        process: RectifiedFlow | VariancePreserving,
+        options: PipelineConfig | None = None,
+    ) -> None:
         self.pipeline: Any = pipeline
         self.process = process
+        self.options = options or PipelineConfig()
+        if self.options.guidance_rescale and not self.rescales:
+            raise UserError(f"pipeline.guidance_rescale: the {type(pipeline).__name__} knows none: leave it 0")
+        if self.options.max_sequence_length and not self.text_tokens:
+            raise UserError(f"pipeline.max_sequence_length: the {type(pipeline).__name__} knows none: leave it null")
+        self.text_tokens = self.options.max_sequence_length or self.text_tokens
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext  # a trainer's mixed precision
         self.decode_batch_size = 32
         self.calls = 0  # of the network so far, counted in pictures: a guided prediction of 8 pictures is 16
-        self.lora: LoraConfig | None = None
-        self.lora_scale = 1.0
         self.offloaded = False
+        self.trained: Trained | None = None
         self._prompts = PromptCache(self._encode_awake)
-        self._base: nn.Module | None = None  # the network as it was, where all of it is trained
-        self._at_base = False
-        self._merged: dict[str, Any] = {}  # peft's layers by the name of the weight that they adapt, when merged
-        self._merging = False
+        self._negatives = PromptCache(self._encode_negative_awake)
+        self._texts: TextTable | None = None  # where text encoders are trained: prompts, encoded at every call
+        vae = getattr(pipeline, "vae", None)
+        self._scale = None if vae is None else LatentScale(vae.config)
 
     # What a family has to say of itself ------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def module(self) -> nn.Module:
         """The denoising network itself (UNet or transformer), never a wrapper."""
+        return getattr(self.pipeline, self.network_name)
 
     @abstractmethod
-    def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]: ...
+    def _encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Tensors [prompts, ...], of a shape that does not depend on the prompts."""
+
+    def _encode_negatives(self, prompts: list[str | None]) -> dict[str, Tensor]:
+        """What guidance moves away from; None where nothing is named. As prompts, unless a family has its own way."""
+        return self._encode_prompts([prompt or "" for prompt in prompts])
 
     @abstractmethod
-    def _forward(self, x: Tensor, time: Tensor, conditioning: dict[str, Tensor]) -> Tensor: ...
+    def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
+        """The network's prediction; `guidance` is for those that embed it."""
 
+    @property
     @abstractmethod
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape of one latent for a picture of height x width pixels, or of the pipeline's default size."""
+    def _latent(self) -> tuple[int, tuple[int, int]]:
+        """Channels of a latent, and the height and width of one of the pipeline's default size."""
+
+    def _text(self, prompt: str) -> str:
+        """What a tokenizer gets to see for a prompt."""
+        return prompt
+
+    def _sight(self) -> int:
+        """How many tokens of `_text` the text encoder sees."""
+        return self.text_tokens or getattr(self.pipeline, self.tokenizer_name).model_max_length
+
+    def _guided(self, unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """Both branches as one prediction: unconditional + guidance (conditional - unconditional)."""
+        return guided(unconditional, conditional, guidance, rescale=self.options.guidance_rescale)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """The VAE's pictures in [-1, 1] of its own latents."""
+        return self.pipeline.vae.decode(latents).sample
+
+    def _encode(self, images: Tensor) -> Any:
+        """What the VAE says of pictures in [-1, 1]."""
+        return self.pipeline.vae.encode(images)
+
+    def call_options(self, guidance: float, negative: str | None = None) -> dict[str, Any]:
+        """The arguments by which the stock pipeline's call does what `predict` does with this guidance."""
+        return {"guidance_scale": guidance} | ({} if negative is None else {"negative_prompt": negative})
+
+    # Sizes and times -------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent pixel."""
+        return self.pipeline.vae_scale_factor
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Shape of one latent for a picture of height x width pixels, or of the pipeline's default size.
+
+        Raises UserError for sides that do not divide into the network's patches.
+        """
+        channels, default = self._latent
+        multiple = self.factor * self.patch
+        for name, side in (("height", height), ("width", width)):
+            if side and side % multiple:
+                near = max(1, round(side / multiple)) * multiple
+                raise UserError(
+                    f"{name}={side}: the {type(self.pipeline).__name__} takes multiples of {multiple} pixels: set "
+                    f"{near}"
+                )
+        high, wide = (side // self.factor if side else own for side, own in zip((height, width), default, strict=True))
+        return (channels, high, wide)
 
     def pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of a picture, of the pipeline's default size unless given."""
-        _, high, wide = self.latent_shape(height, width)
-        return high * self.pipeline.vae_scale_factor, wide * self.pipeline.vae_scale_factor
+        high, wide = self.latent_shape(height, width)[-2:]
+        return high * self.factor, wide * self.factor
 
     def grid(self, steps: int, height: int | None = None, width: int | None = None) -> Grid:
         """The times of a chain of `steps` steps, the pipeline's own for a picture of this size."""
@@ -111,17 +173,27 @@ class Policy(ABC):
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen weights (of all, when none is frozen), in which the network is fed."""
         # Stops at the first frozen one: this is asked at every network call, and a walk over all weights costs 1.6 ms.
-        frozen = (parameter for parameter in self.module.parameters() if not parameter.requires_grad)
+        # Quantised weights are integers; what is fed to them has the dtype of those that are not.
+        parameters = (parameter for parameter in self.module.parameters() if parameter.is_floating_point())
+        frozen = (parameter for parameter in parameters if not parameter.requires_grad)
         return next(frozen, next(self.module.parameters())).dtype
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return self.trained.parameters() if self.trained else {}
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Conditioning:
-        """Encode prompts (each only once in the policy's life); `negative` is "" unless given, for all or for each."""
-        negatives = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
-        return Conditioning(self._prompts(prompts), self._prompts(negatives))
+        """Encode prompts (each only once in the policy's life); `negative` for all or for each.
+
+        Without `negative` it is what the stock pipeline takes where none is given. A prompt that is longer than the
+        encoder sees gives a warning with what is cut off.
+        """
+        negatives: Sequence[str | None] = negative  # pyright: ignore[reportAssignmentType]
+        if negative is None or isinstance(negative, str):
+            negatives = [negative] * len(prompts)
+        if self._texts is not None:
+            return Conditioning(self._texts.rows(prompts), self._texts.rows(negatives, negative=True))
+        return Conditioning(self._prompts(prompts), self._negatives(negatives))
 
     def predict(
         self,
@@ -132,21 +204,73 @@ class Policy(ABC):
         *,
         detach_unconditional: bool = False,
     ) -> Float[Tensor, "batch *latent"]:
-        """The network's prediction, with classifier-free guidance in one batch when `guidance` > 1.
+        """The network's prediction, with classifier-free guidance in one batch where `guidance` asks for it.
 
-        `time`: scalar or [batch]. Guided: v_uncond + guidance (v_cond - v_uncond), as in diffusers;
-        `detach_unconditional` keeps gradients out of v_uncond (Flow-GRPO's code).
+        `time`: scalar or [batch]. Guided: v_uncond + guidance (v_cond - v_uncond), as in diffusers (a family's own form
+        where its pipeline has one); `detach_unconditional` keeps gradients out of v_uncond (Flow-GRPO's code).
         """
         times = torch.as_tensor(time, device=x.device).expand(len(x))
-        self.calls += len(x) * (2 if guidance > 1 else 1)
+        single = self.embeds_guidance or guidance <= self.unguided
+        self.calls += len(x) * (1 if single else 2)
         with self.autocast():
-            if guidance <= 1:
-                return self._forward(x.to(self.dtype), times, conditioning.positive)
-            both = self._forward(torch.cat([x, x]).to(self.dtype), torch.cat([times, times]), conditioning.guided())
+            if single:
+                return self._forward(x.to(self.dtype), times, self._told(conditioning.positive), guidance)
+            both = self._forward(
+                torch.cat([x, x]).to(self.dtype), torch.cat([times, times]), self._told(conditioning.guided()), guidance
+            )
         unconditional, conditional = both.chunk(2)
         if detach_unconditional:
             unconditional = unconditional.detach()
-        return unconditional + guidance * (conditional - unconditional)
+        return self._guided(unconditional, conditional, guidance)
+
+    def _told(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return named if self._texts is None else self._texts.encoded(named)
+
+    def _network(self, *inputs: Any, **named: Any) -> Any:
+        """The network with what is trained of it."""
+        return (self.module if self.trained is None else self.trained.call)(*inputs, **named)
+
+    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *frames 3 height width"]:
+        """Pictures in [0, 1] (of a video, its frames), in at least fp32, decoded in slices of `decode_batch_size`;
+        gradients as in `clamped`."""
+        vae = self.pipeline.vae
+        latents = self.scale.to_vae(latents)
+        with self._awake(vae):
+            slices = [self._decode(part.to(vae.dtype)) for part in latents.split(self.decode_batch_size)]
+        decoded = torch.cat(slices)
+        return clamped(decoded.to(torch.promote_types(decoded.dtype, torch.float32)) / 2 + 0.5)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch *frames 3 height width"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "batch *latent"]:
+        """Scaled latents of pictures in [0, 1]; a VAE with a posterior is sampled from with `generator`."""
+        told = self._encoded(images)
+        return self.scale.from_vae(told.sample(generator) if hasattr(told, "sample") else told)
+
+    def posterior(
+        self, images: Float[Tensor, "batch *frames 3 height width"]
+    ) -> Float[Tensor, "batch moments *latent"]:
+        """Scaled latents of pictures in [0, 1] as a mean, and where the VAE has a posterior its std as well."""
+        told = self._encoded(images)
+        if isinstance(told, Tensor):
+            return self.scale.from_vae(told)[:, None]
+        return torch.stack([self.scale.from_vae(told.mean), self.scale.spread(told.std)], dim=1)
+
+    @property
+    def scale(self) -> LatentScale:
+        """How the VAE's latents are scaled for the network."""
+        if self._scale is None:
+            raise ValueError("this policy's pipeline has no VAE")
+        return self._scale
+
+    def _encoded(self, images: Tensor) -> Any:
+        """The posterior that the VAE gives, or its latents."""
+        vae = self.pipeline.vae
+        with self._awake(vae):
+            told = self._encode((images * 2 - 1).to(vae.dtype))
+        return next(getattr(told, name) for name in ("latent_dist", "latents", "latent") if hasattr(told, name))
+
+    # Memory ----------------------------------------------------------------------------------------------------------
 
     def save_memory(self, *, checkpointing: bool, offload: bool) -> None:
         """`checkpointing`: the network computes its activations again in the backward pass. `offload`: VAE and text
@@ -154,8 +278,12 @@ class Policy(ABC):
 
         Raises UserError for checkpointing with a merged adapter: what is computed again would be without it.
         """
-        if checkpointing and self._merged:
+        if checkpointing and isinstance(self.trained, Adapter) and self.trained.merged:
             raise UserError("gradient_checkpointing does not go with lora.merged: set lora.merged=false")
+        if offload and self._texts is not None:
+            raise UserError(
+                "offload does not go with lora.text_encoders, which are called at every step: set one false"
+            )
         if checkpointing:
             self.module.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         self.offloaded = offload
@@ -182,79 +310,74 @@ class Policy(ABC):
                 module.to("cpu")
 
     def _encode_awake(self, prompts: list[str]) -> dict[str, Tensor]:
+        for prompt in prompts:
+            if tokenizer := getattr(self.pipeline, self.tokenizer_name, None):
+                warn_of_cut(tokenizer, self._sight(), prompt, self._text(prompt))
         with self._awake(*self._text_encoders()):
             return self._encode_prompts(prompts)
 
-    def decode(self, latents: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch 3 height width"]:
-        """Pictures in [0, 1], in at least fp32, decoded in slices of `decode_batch_size`; gradients as in `clamped`."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        with self._awake(vae):
-            slices = [vae.decode(part.to(vae.dtype)).sample for part in latents.split(self.decode_batch_size)]
-        decoded = torch.cat(slices)
-        return clamped(decoded.to(torch.promote_types(decoded.dtype, torch.float32)) / 2 + 0.5)
+    def _encode_negative_awake(self, prompts: list[str | None]) -> dict[str, Tensor]:
+        with self._awake(*self._text_encoders()):
+            return self._encode_negatives(prompts)
 
-    def encode_images(
-        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "batch *latent"]:
-        """Scaled latents of pictures in [0, 1]; a VAE with a posterior is sampled from with `generator`."""
-        encoded = self._encoded(images)
-        return self._scaled(
-            encoded.latent_dist.sample(generator) if hasattr(encoded, "latent_dist") else encoded.latents
-        )
+    # What is trained -------------------------------------------------------------------------------------------------
 
-    def posterior(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch moments *latent"]:
-        """Scaled latents of pictures in [0, 1] as a mean, and where the VAE has a posterior its std as well."""
-        encoded = self._encoded(images)
-        if not hasattr(encoded, "latent_dist"):
-            return self._scaled(encoded.latents)[:, None]
-        told = encoded.latent_dist
-        return torch.stack([self._scaled(told.mean), told.std.float() * self.pipeline.vae.config.scaling_factor], dim=1)
+    def add_lora(self, config: LoraConfig) -> None:
+        """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable.
 
-    def _encoded(self, images: Tensor) -> Any:
-        vae = self.pipeline.vae
-        with self._awake(vae):
-            return vae.encode((images * 2 - 1).to(vae.dtype))
+        With `config.start` it is the adapter of that file instead, and the reference is the model without it.
 
-    def _scaled(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
-        return (latents.float() - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        Raises UserError where its settings do not fit each other or the network.
+        """
+        check_adapter(config, self.dtype)
+        named = {"attention": list(self.attention_targets), "all-linear": None}
+        told = named[config.targets] if isinstance(config.targets, str) else config.targets
+        targets = {self.network_name: told}
+        if config.text_encoders:
+            targets |= {name: list(CLIP_TARGETS) for name in self._trainable_encoders()}
+        modules = {name: getattr(self.pipeline, name) for name in targets}
+        if config.start is None:
+            self.trained = Adapter.fresh(modules, config, lambda name: linear_layers(modules[name], targets[name]))
+            return
+        there = load_lora(self.pipeline, config.start, NAME)
+        if set(there) != set(modules):
+            raise UserError(
+                f"lora.start={config.start}: it is on {' and '.join(there)}, and to be trained are "
+                f"{' and '.join(modules)}: set lora.text_encoders={str(len(there) > 1).lower()}"
+            )
+        self.trained = Adapter.loaded(modules, merged=config.merged)
+
+    def _trainable_encoders(self) -> list[str]:
+        """Names of the text encoders that get an adapter; from here on prompts are encoded at every call."""
+        if not self.clip_encoders:
+            raise UserError(f"lora.text_encoders: those of a {type(self.pipeline).__name__} are not trained: set false")
+        self._texts = TextTable(self._encode_awake, self._encode_negative_awake)
+        return [name for name in self.clip_encoders if getattr(self.pipeline, name, None) is not None]
+
+    def train_whole(self, *, reference: bool) -> None:
+        """Make all of the network trainable; with `reference` a frozen copy stays what it was.
+
+        Raises UserError for weights that are not fp32: an update of a half-precision weight is mostly rounded away.
+        """
+        if self.dtype != torch.float32:
+            raise UserError(
+                f"lora=null trains all weights, and they are {self.dtype}: set weight_dtype=float32 "
+                "(mixed_precision=bf16 may stay)"
+            )
+        self.trained = Whole(self.module, reference=reference)
 
     @contextmanager
     def reference(self, *, gradient: bool = False) -> Iterator[None]:
         """Inside, the policy is the model it started from: the adapter is off, and no gradient is kept, unless one with
         respect to the latents is asked for."""
-        if self.lora is None and self._base is None:
+        if self.trained is None:
             raise ValueError("this policy has no adapter to switch off: load it with lora=LoraConfig(...)")
-        self._switch_adapter(on=False)
+        self.trained.switch(on=False)
         try:
             with nullcontext() if gradient else torch.no_grad():
                 yield
         finally:
-            self._switch_adapter(on=True)
-
-    def _switch_adapter(self, on: bool) -> None:
-        if self._base is not None:
-            self._at_base = not on
-        elif self._merged:
-            self._merging = on
-        elif on:
-            self.module.enable_adapters()  # pyright: ignore[reportCallIssue]
-        else:
-            self.module.disable_adapters()  # pyright: ignore[reportCallIssue]
-
-    def _network(self, *inputs: Any, **named: Any) -> Any:
-        """The network with its adapter, beside the weights (peft's way) or added into them (`LoraConfig.merged`)."""
-        if self._at_base and self._base is not None:
-            return self._base(*inputs, **named)
-        if not self._merging:
-            return self.module(*inputs, **named)
-        with torch.autocast(self.device.type, enabled=False):  # the sum is of fp32
-            weights = {
-                name: layer.get_base_layer().weight + layer.get_delta_weight("default")
-                for name, layer in self._merged.items()
-            }
-        return functional_call(self.module, weights, inputs, named, tie_weights=False)
+            self.trained.switch(on=True)
 
     @contextmanager
     def weights(self, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -272,102 +395,31 @@ class Policy(ABC):
             for _, parameter, data in own:
                 parameter.data = data
 
-    def add_lora(self, config: LoraConfig) -> None:
-        """Put a fresh adapter on the network: B = 0, so the policy starts as its reference. Only it is trainable.
-
-        Raises UserError when it shall be merged into weights that are not fp32: they would round it away.
-        """
-        if config.merged and self.dtype != torch.float32:
-            raise UserError(
-                f"lora.merged adds the adapter into the weights, and {self.dtype} rounds it away: set "
-                "weight_dtype=float32 (mixed_precision=bf16 may stay), or lora.merged=false"
-            )
-        if config.merged and config.dora:
-            raise UserError(
-                "lora.merged adds a product into the weights, and lora.dora is no sum: set one of them false"
-            )
-        self.module.add_adapter(  # pyright: ignore[reportCallIssue]
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-                init_lora_weights="gaussian",
-                target_modules=self._targets(config.targets),
-                use_dora=config.dora,
-            )
-        )
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        self.lora = config
-        if config.merged:
-            adapter = self.trainable()
-            self.module.disable_adapters()  # pyright: ignore[reportCallIssue]: peft adds nothing; `_network` does
-            for parameter in adapter.values():
-                parameter.requires_grad_(True)
-            layers = [(name, module) for name, module in self.module.named_modules() if isinstance(module, LoraLayer)]
-            self._merged = {f"{name}.base_layer.weight": layer for name, layer in layers}
-            self._merging = True
-
-    def _targets(self, told: str | list[str]) -> list[str]:
-        """The layers that an adapter is put on, or the ends of their names."""
-        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
-        if isinstance(told, str):
-            return linear if told == "all-linear" else list(self.attention_targets)
-        for end in told:
-            if not any(name == end or name.endswith(f".{end}") for name in linear):
-                raise UserError(
-                    f"lora.targets: no linear layer of the {type(self.module).__name__} is called {end}: give the ends "
-                    f"of such names as {', '.join(linear[:3])}"
-                )
-        return told
-
-    def train_whole(self, *, reference: bool) -> None:
-        """Make all of the network trainable; with `reference` a frozen copy stays what it was.
-
-        Raises UserError for weights that are not fp32: an update of a half-precision weight is mostly rounded away.
-        """
-        if self.dtype != torch.float32:
-            raise UserError(
-                f"lora=null trains all weights, and they are {self.dtype}: set weight_dtype=float32 "
-                "(mixed_precision=bf16 may stay)"
-            )
-        if reference:
-            self._base = copy.deepcopy(self.module)
-        self.module.requires_grad_(True)
-
     def scale_lora(self, scale: float) -> None:
         """Multiply what the adapter adds by `scale`, here and in what is saved: 0 is the base, 1 the adapter as it is
         trained."""
-        if self.lora is None:
+        if not isinstance(self.trained, Adapter):
             raise ValueError("this policy has no adapter to scale: load it with lora=LoraConfig(...)")
-        for module in self.module.modules():
-            if isinstance(module, LoraLayer):
-                module.scaling["default"] = self.lora.alpha / self.lora.rank * scale
-        self.lora_scale = scale
+        self.trained.rescale(scale)
 
     def save(self, directory: str | Path) -> Path:
         """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(directory)` of stock diffusers loads;
-        where the whole network is trained, the pipeline.
-
-        The factor alpha / rank is multiplied into B and the file says alpha = rank, so that readers which know
-        nothing of alpha scale the adapter rightly too.
-        """
-        if self.lora is None and self.trainable():
+        where the whole network is trained, the pipeline."""
+        if isinstance(self.trained, Whole):
             self.pipeline.save_pretrained(directory)
             return Path(directory)
-        if self.lora is None:
+        if not isinstance(self.trained, Adapter):
             raise ValueError("this policy has no adapter to save: load it with lora=LoraConfig(...)")
-        state = peft.get_peft_model_state_dict(self.module)  # pyright: ignore[reportArgumentType]
-        scale = self.lora.alpha / self.lora.rank * self.lora_scale
-        state = {name: (t * scale if "lora_B" in name else t).detach().cpu().contiguous() for name, t in state.items()}
-        metadata = self.module.peft_config["default"].to_dict() | {"lora_alpha": self.lora.rank}  # pyright: ignore
-        metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
-        self._save_lora(Path(directory), state, metadata)
+        told: dict[str, Any] = {}
+        for name in self.trained.modules:
+            state, metadata = self.trained.state(name)
+            # UNets and CLIPs are stored under diffusers' own names of layers, transformers under peft's
+            stored = state if name == "transformer" else convert_state_dict_to_diffusers(state)
+            told |= {f"{name}_lora_layers": stored, f"{name}_lora_adapter_metadata": metadata}
+        type(self.pipeline).save_lora_weights(directory, **told)
         for path in Path(directory).glob("*.safetensors"):
             _sort_header(path)
         return Path(directory)
-
-    @abstractmethod
-    def _save_lora(self, directory: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None: ...
 
 
 def _sort_header(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The maths of noising and of one reverse step: no network, no files, torch only.
 
     process             time                            sampler                            one reverse step
-    VariancePreserving  integer t, T - 1 (noise) .. 0   eta: a float, 0 deterministic      DDIM with variance, DDPM
+    VariancePreserving  integer t, T - 1 (noise) .. 0   eta: a float, 0 deterministic; LCM  DDIM with variance, DDPM
     RectifiedFlow       s, 1 (noise) .. 0 (data)        FlowSDE, DanceSDE, CPS; ODE, DPM2  Euler(-Maruyama)
 
 Both give a `Grid` of times and a `transition(grid, index, x, prediction, sampler) -> Gaussian`. A rollout samples from
@@ -12,11 +12,12 @@ from burnish.processes.gaussian import Gaussian
 from burnish.processes.rectified_flow import RectifiedFlow
 from burnish.processes.samplers import CPS, DPM2, ODE, DanceSDE, FlowSDE, Sampler, sqrt_one_minus_s
 from burnish.processes.times import Grid, Process
-from burnish.processes.variance_preserving import VariancePreserving
+from burnish.processes.variance_preserving import LCM, VariancePreserving
 
 __all__ = [
     "CPS",
     "DPM2",
+    "LCM",
     "ODE",
     "DanceSDE",
     "FlowSDE",

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,8 +38,10 @@ class RectifiedFlow:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "RectifiedFlow":
-        """Times as of a diffusers FlowMatchEulerDiscreteScheduler (a copy is kept). UserError for another class."""
-        if "FlowMatchEulerDiscreteScheduler" not in [base.__name__ for base in type(scheduler).__mro__]:
+        """Times as of a diffusers FlowMatchEulerDiscreteScheduler, or of another of diffusers' schedulers that was told
+        to be a flow's (`use_flow_sigmas`, SANA's and Wan's); a copy is kept. UserError for one of other models."""
+        euler = "FlowMatchEulerDiscreteScheduler" in [base.__name__ for base in type(scheduler).__mro__]
+        if not (euler or scheduler.config.get("use_flow_sigmas", False)):
             raise UserError(
                 f"the scheduler is a {type(scheduler).__name__}, but a flow needs a FlowMatchEulerDiscreteScheduler: "
                 f"give the pipeline one, with the same shift"
@@ -48,14 +51,15 @@ class RectifiedFlow:
                 raise UserError(f"the scheduler's {option}=True is not supported: set it to False, if the model allows")
         return cls(deepcopy(scheduler))
 
-    def sigmas(self, steps: int, *, mu: float | None = None) -> Float[Tensor, " steps_and_end"]:
+    def sigmas(self, steps: int, *, mu: float | None = None, even: bool = False) -> Float[Tensor, " steps_and_end"]:
         """Times from noise to data and the final 0, [steps + 1], fp32: the scheduler's own, its shift included.
 
-        `mu`: the shift of a scheduler with `use_dynamic_shifting`, which pipelines derive from the image size.
+        `mu`: the shift of a scheduler with `use_dynamic_shifting`, which pipelines derive from the image size. `even`:
+        before the shift the times go from 1 to 1 / steps, as the pipelines of FLUX and its kin tell the scheduler.
         """
         if steps < 1:
             raise ValueError(f"steps={steps} has to be at least 1")
-        dynamic = self.scheduler is not None and self.scheduler.config.use_dynamic_shifting
+        dynamic = self.scheduler is not None and self.scheduler.config.get("use_dynamic_shifting", False)
         if dynamic != (mu is not None):
             raise ValueError(
                 "the scheduler shifts dynamically: pass mu (as the pipeline's calculate_shift gives it)"
@@ -64,7 +68,11 @@ class RectifiedFlow:
             )
         if self.scheduler is None:
             return torch.linspace(1, 0, steps + 1)
-        self.scheduler.set_timesteps(steps, mu=mu)
+        shift = {"mu": mu} if dynamic else {}
+        if even and not self.scheduler.config.get("use_flow_sigmas", False):
+            self.scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), **shift)
+        else:
+            self.scheduler.set_timesteps(steps, **shift)
         return self.scheduler.sigmas
 
     def sampler(self, name: str, noise_level: float) -> Sampler:
@@ -81,8 +89,8 @@ class RectifiedFlow:
         """Whether its steps have a density."""
         return not isinstance(sampler, ODE) and sampler not in (FlowSDE(0.0), DanceSDE(0.0))
 
-    def grid(self, steps: int, *, mu: float | None = None) -> Grid:
-        sigmas = self.sigmas(steps, mu=mu)
+    def grid(self, steps: int, *, mu: float | None = None, even: bool = False) -> Grid:
+        sigmas = self.sigmas(steps, mu=mu, even=even)
         return Grid(sigmas, sigmas[1:])
 
     def add_noise(self, x0: Latent, noise: Latent, s: Time) -> Latent:

@@ -30,10 +30,12 @@ class Grid:
     `next_times` [steps]: where each step leads. It is `times[1:]`, except for DDIM's spacings "linspace" and
     "trailing" when steps do not divide the training times: diffusers then goes from t to t - T // steps and calls the
     network at another time, and a rollout has to equal it.
+    `start`: the std of the first latents, where it is not 1 (diffusers' Euler schedulers with those spacings).
     """
 
     times: Shaped[Tensor, " steps_and_end"]
     next_times: Shaped[Tensor, " steps"]
+    start: float = 1.0
 
     @property
     def steps(self) -> int:

@@ -25,6 +25,34 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 END = -1  # the time after the last step; any negative t_next means it
 
 
+@dataclass(frozen=True)
+class LCM:
+    r"""Multistep consistency sampling, of latent consistency models: to x0 at once, and back to t' with fresh noise.
+
+        x0~ = c_out x0 + c_skip x,   c_skip = d^2 / (u^2 + d^2),   c_out = u / sqrt(u^2 + d^2),   u = scaling t
+        mean = sqrt(ab') x0~,   std^2 = 1 - ab'
+
+    With `final_noise` the last step ends at time 0, so that it has a density, as `step` does with eta > 0; without, it
+    ends at x0~, as in stock diffusers.
+    Reference: Luo et al. 2023, https://arxiv.org/abs/2310.04378; diffusers `scheduling_lcm.py`.
+    """
+
+    final_noise: bool = True
+    sigma_data: float = 0.5
+    timestep_scaling: float = 10.0
+
+    def transition(
+        self, process: "VariancePreserving", x: Latent, prediction: Latent, t: Time, t_next: Time
+    ) -> Gaussian:
+        scaled = on_host(t) * self.timestep_scaling
+        length = scaled**2 + self.sigma_data**2
+        denoised = combine(
+            process.predict_x0(x, prediction, t), scaled / np.sqrt(length), x, self.sigma_data**2 / length
+        )
+        ab_next = process._ab_next(t, t_next, float(process.alphas_cumprod[0]) if self.final_noise else 1.0)
+        return Gaussian(combine(denoised, np.sqrt(ab_next), x, 0.0), as_std(np.sqrt(1 - ab_next)))
+
+
 @dataclass(frozen=True, eq=False)
 class VariancePreserving:
     """The process of a DDPM. Everything comes out in at least fp32.
@@ -40,10 +68,11 @@ class VariancePreserving:
     prediction: Prediction = "epsilon"
     final_alpha_cumprod: float | None = None
     scheduler: Any | None = None
+    starts_at_level: bool = False  # the first latents have the std of their time's noise, not 1: some of Euler's
+    deterministic: "float | LCM" = 0.0  # what equals the stock pipeline: no noise, or an LCM's, drawn as it draws it
 
     name: ClassVar[str] = "variance_preserving"
     default_sampler: ClassVar[float] = 1.0  # eta; ddpo-pytorch config/base.py
-    deterministic: ClassVar[float] = 0.0
     memoryless: ClassVar[float] = 1.0  # eta at which the end of a chain says nothing of its beginning
 
     def __post_init__(self) -> None:
@@ -61,10 +90,13 @@ class VariancePreserving:
         """The schedule of a diffusers scheduler, sampled as DDIM would (a copy is kept).
 
         Another scheduler than DDIM (PNDM, Euler, DPM-Solver ...) is turned into the DDIM that diffusers calls
-        compatible with it, as ddpo-pytorch does. UserError for one that has none (a flow's), that clips or
-        thresholds x0 (a step would not be Gaussian), or that predicts something else.
+        compatible with it, as ddpo-pytorch does; it ends where an Euler scheduler ends, at x0, so that its chain
+        without noise is the one of Euler. An LCM's keeps its times and its way to sample. UserError for one that has
+        none (a flow's), that clips or thresholds x0 (a step would not be Gaussian), or predicts something else.
         """
-        if "DDIMScheduler" not in (lineage := [base.__name__ for base in type(scheduler).__mro__]):
+        short = False
+        consistency = "LCMScheduler" in [base.__name__ for base in type(scheduler).__mro__]
+        if not consistency and "DDIMScheduler" not in (lineage := [base.__name__ for base in type(scheduler).__mro__]):
             compatible = {kind.__name__: kind for kind in getattr(scheduler, "compatibles", [])}
             if "DDIMScheduler" not in compatible or not hasattr(scheduler, "alphas_cumprod"):
                 raise UserError(
@@ -72,7 +104,12 @@ class VariancePreserving:
                     f"it: give the pipeline one"
                 )
             clip = scheduler.config.get("clip_sample", False)  # DDIM's own default, True, is for pixels
-            scheduler = compatible["DDIMScheduler"].from_config(scheduler.config, clip_sample=clip)
+            euler = lineage[0].startswith("Euler")
+            short = euler and scheduler.config.timestep_spacing in ("linspace", "trailing")
+            ends = {"set_alpha_to_one": True} if euler else {}
+            # all of its settings: diffusers drops those that are the class' own defaults, and DDIM's are others
+            settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+            scheduler = compatible["DDIMScheduler"].from_config(settings | {"clip_sample": clip} | ends)
         config = scheduler.config
         for option in ("clip_sample", "thresholding"):
             if config.get(option, False):
@@ -80,7 +117,8 @@ class VariancePreserving:
         if config.prediction_type not in get_args(Prediction):
             raise UserError(f"the scheduler's prediction_type={config.prediction_type!r} is not supported")
         final = float(scheduler.final_alpha_cumprod)
-        return cls(scheduler.alphas_cumprod, config.prediction_type, final, deepcopy(scheduler))
+        told = LCM(final_noise=False, timestep_scaling=config.timestep_scaling) if consistency else 0.0
+        return cls(scheduler.alphas_cumprod, config.prediction_type, final, deepcopy(scheduler), short, told)
 
     def timesteps(self, steps: int) -> Int[Tensor, " steps"]:
         """Where the network is called, from noise to data: the scheduler's own."""
@@ -92,17 +130,22 @@ class VariancePreserving:
         self.scheduler.set_timesteps(steps)
         return self.scheduler.timesteps
 
-    def sampler(self, name: str, noise_level: float) -> float:
-        """The eta that settings name: "sde" is DDIM with eta = `noise_level`, "ode" is DDIM with eta = 0."""
-        if name not in ("sde", "ode"):
-            raise UserError(f"sampler={name} is for flow models: a DDPM takes sde (DDIM with noise) or ode")
-        return noise_level if name == "sde" else 0.0
+    def sampler(self, name: str, noise_level: float) -> "float | LCM":
+        """What settings name: "sde" is DDIM with eta = `noise_level`, "ode" DDIM with eta = 0, "lcm" an LCM's way."""
+        known: dict[str, float | LCM] = {"sde": noise_level, "ode": 0.0, "lcm": LCM()}
+        if name not in known:
+            raise UserError(f"sampler={name} is for flow models: a DDPM takes sde (DDIM with noise), ode or lcm")
+        return known[name]
 
     def grid(self, steps: int) -> Grid:
         times = self.timesteps(steps)
+        if isinstance(self.deterministic, LCM):
+            times = torch.cat([times, times.new_tensor([END])])
+            return Grid(times, times[1:])
         # diffusers' DDIM goes from t to t - T // steps, whatever the next time is
         next_times = (times - len(self.alphas_cumprod) // steps).clamp(min=END)
-        return Grid(torch.cat([times, times.new_tensor([END])]), next_times)
+        start = float(np.sqrt(1 - self._ab(times[0]))) if self.starts_at_level else 1.0
+        return Grid(torch.cat([times, times.new_tensor([END])]), next_times, start)
 
     def add_noise(self, x0: Latent, noise: Latent, t: Time) -> Latent:
         """sqrt(ab) x0 + sqrt(1 - ab) noise."""
@@ -160,12 +203,14 @@ class VariancePreserving:
         std = np.sqrt((1 - ab_next) / (1 - ab) * (1 - alpha))
         return Gaussian(self._mean(x, prediction, ab, of_x, of_x0, 0.0), as_std(std))
 
-    def has_noise(self, sampler: float) -> bool:
-        """Whether its steps have a density: eta > 0."""
-        return sampler > 0
+    def has_noise(self, sampler: "float | LCM") -> bool:
+        """Whether its steps draw noise: eta > 0, or an LCM's."""
+        return isinstance(sampler, LCM) or sampler > 0
 
-    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: float) -> Gaussian:
-        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler` is eta."""
+    def transition(self, grid: Grid, index: Index, x: Latent, prediction: Latent, sampler: "float | LCM") -> Gaussian:
+        """Step number `index` of the grid: an int, or one for each sample, [batch]. `sampler`: eta, or an LCM's."""
+        if isinstance(sampler, LCM):
+            return sampler.transition(self, x, prediction, *grid.at(index))
         return self.step(x, prediction, *grid.at(index), eta=sampler)
 
     def _mean(

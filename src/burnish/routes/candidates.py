@@ -89,7 +89,7 @@ class Candidates(Plain):
             drawn = [torch.randn((each, *batch.shape), generator=draw) for draw in draws]
             return torch.stack(drawn).to(policy.device)  # [batch, each, *latent]
 
-        x, index = noise(1)[:, 0], 0
+        x, index = noise(1)[:, 0] * grid.start, 0
         while index < min(self.first, grid.steps):
             x = self._step(tape, batch, index, x, batch.conditioning, noise(1)[:, 0])
             index += 1

@@ -207,7 +207,8 @@ def load_trained(config: RunConfig, accelerator: Accelerator) -> Policy:
     """The policy with a fresh adapter, or all of it trainable, as the algorithm's row needs it."""
     row = ALGORITHMS[config.algorithm]
     torch.manual_seed(config.seed)  # the adapter's first weights
-    policy = load_policy(config.model, config.lora, getattr(torch, config.weight_dtype), accelerator.device)
+    dtype = getattr(torch, config.weight_dtype)
+    policy = load_policy(config.model, config.lora, dtype, accelerator.device, config.pipeline)
     if config.lora is None:
         named = inspect.signature(partial(row.objective, **config.objective)).parameters
         asks = any("reference" in name or name in ("kl", "old_kl") for name in named)

@@ -11,7 +11,7 @@ from burnish.algorithms import ALGORITHMS
 from burnish.config import choose, load_config, read_recipe
 from burnish.errors import UserError
 from burnish.monitors import EarlyStopConfig
-from burnish.policies import LoraConfig
+from burnish.policies import LoraConfig, PipelineConfig
 from burnish.rewards import RewardConfig
 from burnish.rollout import RolloutConfig
 from burnish.routes import MemoryConfig
@@ -51,6 +51,7 @@ class RunConfig:
     gradient_checkpointing: bool = False  # the network's activations are computed again: less memory, a third slower
     offload: bool = False  # VAE and text encoders wait in main memory until they are called
     lora: LoraConfig | None = field(default_factory=LoraConfig)  # null: all of the network is trained
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     objective: dict[str, Any] = field(default_factory=dict)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
