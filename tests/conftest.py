@@ -21,6 +21,35 @@ hypothesis.settings.register_profile("burnish", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("burnish")
 
 
+PROPERTIES = ("rollout", "targets", "LoRA", "resume", "2 processes")  # of `@pytest.mark.parity(property)`
+_parity: dict[str, dict[str, bool]] = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Notes what tests marked with `parity` say of their family."""
+    report = (yield).get_result()
+    mark = item.get_closest_marker("parity")
+    if mark is None or report.when == "teardown" or (report.when == "setup" and report.passed):
+        return
+    told = item.callspec.params
+    family = told["family"] if "family" in told else item.module.CASES[told["name"]].family
+    found = _parity.setdefault(family, {})
+    found[mark.args[0]] = found.get(mark.args[0], True) and report.passed
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The parity table: families whose every property was tested, or all that were."""
+    if not _parity:
+        return
+    terminalreporter.section("parity with stock diffusers")
+    terminalreporter.write_line("family".ljust(14) + "".join(name.ljust(13) for name in PROPERTIES))
+    words = {True: "ok", False: "FAILED", None: "-"}
+    for family in sorted(_parity, key=lambda one: (-len(_parity[one]), one)):
+        cells = (words[_parity[family].get(name)].ljust(13) for name in PROPERTIES)
+        terminalreporter.write_line(family.ljust(14) + "".join(cells))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Global generators start alike in every test, in whatever order the tests run."""
@@ -38,6 +67,23 @@ def tiny_flow(tmp_path_factory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipelines.build_flow(pipelines.build_vae(), patch=4, layers=1, heads=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory):
+    """`tiny_family(name)`: the folder of a genuine, untrained pipeline of one of the families of `stock_pipelines`."""
+    from stock_pipelines import build
+
+    folders: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp("families") / family
+            with torch.random.fork_rng():
+                build(family).save_pretrained(folders[family])
+        return folders[family]
+
     return folder
 
 

@@ -382,7 +382,7 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_list_recipes(shipped):
-    assert list_recipes() == [("sd3", ""), ("shapes/flow_grpo", "Flow-GRPO on shapes")]
+    assert list_recipes() == [("sd3", "", "", ""), ("shapes/flow_grpo", "Flow-GRPO on shapes", "", "")]
 
 
 def test_find_recipe_by_name_and_by_path(shipped):

@@ -99,7 +99,7 @@ def test_commands_parse(line):
         name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         assert found is not None
         context = found.make_context(name, list(rest), parent=context)
-    if context.command.name == "train" and (recipe := context.params["recipe"]) in dict(list_recipes()):
+    if context.command.name == "train" and (recipe := context.params["recipe"]) in {one.name for one in list_recipes()}:
         trainers.load(recipe, context.params["overrides"] or ())
 
 

@@ -124,7 +124,7 @@ def _online(situation: Situation, *, style_shift: bool) -> Iterator[tuple[str, s
 
 @cache  # there are many, and reading one takes a while
 def _shipped() -> list[tuple[str, str]]:
-    return [(recipe, algorithm) for recipe, _ in list_recipes() if (algorithm := read_recipe(recipe).get("algorithm"))]
+    return [(recipe, algorithm) for recipe, *_ in list_recipes() if (algorithm := read_recipe(recipe).get("algorithm"))]
 
 
 def _recipe(name: str, base: Base) -> str | None:

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +31,7 @@ T = TypeVar("T")
 Values = dict[str, Any]
 Sections = Mapping[str, Callable[..., Any] | None]
 
+LAUNCH = "accelerate"  # of the recipes' folders, the one that is accelerate's
 COMMAND_LINE = "command line"
 
 
@@ -45,15 +47,31 @@ def recipes_directory() -> Path:
     raise UserError(f"no recipes beside {package}: the installation is incomplete, reinstall burnish")
 
 
-def list_recipes() -> list[tuple[str, str]]:
-    """`(name, first comment line)` of every shipped recipe, by name; the name is its path without `.yaml`."""
+class Recipe(NamedTuple):
+    """A shipped recipe: its name is its path without `.yaml`; the rest is from the comment at its top, what is
+    published of it and what a run costs where the comment says so."""
+
+    name: str
+    title: str
+    published: str
+    cost: str
+
+
+def list_recipes() -> list[Recipe]:
+    """Every shipped recipe, by name. A folder with settings for `accelerate launch` holds none."""
     directory = recipes_directory()
-    recipes = []
-    for path in directory.rglob("*.yaml"):
-        lines = path.read_text("utf-8").splitlines()
-        comment = next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
-        recipes.append((path.relative_to(directory).with_suffix("").as_posix(), comment))
-    return sorted(recipes)
+    files = [path for path in directory.rglob("*.yaml") if path.parent.name != LAUNCH]
+    return sorted(Recipe(path.relative_to(directory).with_suffix("").as_posix(), *_headed(path)) for path in files)
+
+
+def _headed(path: Path) -> tuple[str, str, str]:
+    """Title, what is published and cost, from the first paragraphs of a recipe's comment."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines())
+    title, *rest = [line.removeprefix("#").strip() for line in lines] or [""]
+    told = " ".join(takewhile(bool, rest[1:])) if rest and not rest[0] else ""
+    published, _, more = told.partition("Cost: ")
+    cost, settings, _ = more.partition("Settings are ")
+    return title, (published if settings else "").strip(), cost.strip()
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -63,7 +81,7 @@ def find_recipe(recipe: str | Path) -> Path:
     """
     if (path := Path(recipe)).is_file():
         return path
-    names = [name for name, _ in list_recipes()]
+    names = [name for name, *_ in list_recipes()]
     if (name := str(recipe).removesuffix(".yaml")) in names:
         return recipes_directory() / f"{name}.yaml"
     if path.is_dir():

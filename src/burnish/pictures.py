@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP, WIDE_GAP, CAPTION = 4, 20, 18  # pixels between pictures, between parts of the sheet, and the height of a caption
+FRAMES = 4  # of a clip that are shown
 SMALLEST = 96  # pictures with shorter sides are enlarged by whole factors, pixel by pixel
 
 
@@ -26,18 +28,29 @@ def to_png(image: Float[Tensor, "3 height width"]) -> bytes:
     return stored.getvalue()
 
 
+def strips(images: Float[Tensor, "batch *frames 3 height width"]) -> Float[Tensor, "batch 3 height widths"]:
+    """Clips as pictures: `FRAMES` of their frames, evenly spread, side by side; pictures as they are."""
+    if images.ndim == 4:
+        return images
+    frames = images.shape[1]
+    shown = torch.linspace(0, frames - 1, min(frames, FRAMES)).round().long()
+    return torch.cat(images[:, shown].unbind(1), dim=-1)
+
+
 def grid(
-    images: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch *frames 3 height width"],
     columns: int,
     labels: Sequence[str] = (),
     *,
     headings: Sequence[str] = (),
     abreast: int = 1,
 ) -> Image.Image:
-    """Pictures row by row, `columns` to a row, each row under its label; `abreast` rows beside each other.
+    """Pictures row by row, `columns` to a row, each row under its label; `abreast` rows beside each other. A clip is
+    the strip of some of its frames.
 
     `headings` stand above the first row, each over its equal share of the columns.
     """
+    images = strips(images)
     factor = max(1, -(-SMALLEST // min(images.shape[-2:])))
     high, wide = images.shape[-2] * factor, images.shape[-1] * factor
     rows, caption, heading = -(-len(images) // columns), CAPTION if labels else 0, CAPTION if headings else 0

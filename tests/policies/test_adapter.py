@@ -262,6 +262,7 @@ def reloaded(make, tmp_path_factory):
     return {name: (ours[name], load_file(folder / f"{name}.safetensors")) for name in CASES}
 
 
+@pytest.mark.parity("LoRA")
 @pytest.mark.parametrize("name", CASES)
 def test_stock_diffusers_loads_what_is_saved(reloaded, name):
     ours, theirs = reloaded[name]

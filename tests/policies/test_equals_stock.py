@@ -40,6 +40,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
+@pytest.mark.parity("rollout")
 @pytest.mark.parametrize(
     ("guidance", "negative"), [(1.0, None), (4.5, None), (4.5, "a green cross")], ids=["unguided", "guided", "negative"]
 )
@@ -123,6 +124,7 @@ def test_the_second_branch_is_computed_only_where_guidance_asks_for_it(family):
     assert len(rows) == 2  # both branches in one call
 
 
+@pytest.mark.parity("targets")
 @torch.no_grad()
 def test_the_noise_and_the_target_are_those_of_the_training_examples(family):
     """diffusers' examples noise by the scheduler, or by (1 - s) x0 + s noise, and take noise, v or noise - x0."""

@@ -137,3 +137,28 @@ def test_what_cannot_be_loaded_is_said_in_one_line(files, source, said):
 def test_the_message_names_what_was_asked_for():
     with pytest.raises(UserError, match=r"^detector 'x'"):
         load_callable("x", "detector")
+
+
+def test_the_score_of_a_clip_is_the_mean_of_its_frames():
+    clips, lines = torch.rand(2, 3, 3, 4, 4), [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    asked = []
+
+    def bright(images, prompts, metadata):
+        asked.append((images.shape, tuple(prompts), [line["n"] for line in metadata]))
+        unseen = torch.tensor([False] * 5 + [True])
+        return Scores(images.mean((1, 2, 3)), {"half": images.mean((1, 2, 3)) / 2}, unseen)
+
+    scores = score(bright, clips, ["a", "b"], lines)
+    assert asked == [((6, 3, 4, 4), ("a", "a", "a", "b", "b", "b"), [1, 1, 1, 2, 2, 2])]
+    torch.testing.assert_close(scores.total[0], clips[0].mean())
+    torch.testing.assert_close(scores.parts["half"][0], clips[0].mean() / 2)
+    assert scores.missing.tolist() == [False, True]
+
+
+def test_a_reward_of_clips_is_given_them_whole():
+    def steady(clips, prompts, metadata):
+        return -(clips[:, 1:] - clips[:, :-1]).abs().mean((1, 2, 3, 4))
+
+    clips = torch.rand(2, 3, 3, 4, 4)
+    steady.takes_clips = True
+    torch.testing.assert_close(score(steady, clips, ["a", "b"]).total, steady(clips, [], []))

@@ -46,7 +46,7 @@ def bench_preferences(model: str, repeats: int = 5) -> dict[str, float]:
 
 def recipes() -> list[str]:
     """The names below shapes/ of those that are trained offline."""
-    named = [name for name, _ in list_recipes() if name.startswith("shapes/")]
+    named = [name for name, *_ in list_recipes() if name.startswith("shapes/")]
     rows: dict[str, str] = {name.removeprefix("shapes/"): read_recipe(name).get("algorithm", "") for name in named}
     return [name for name, algorithm in rows.items() if ALGORITHMS[algorithm].trainer == "offline"]
 

@@ -133,10 +133,10 @@ def _one_of(given: str | None, name: str, question: str, known: Sequence[str]) -
 
 @recipes_app.command("list")
 def recipes_list() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes: what each does, what its paper reports, and what a run costs."""
     from burnish.config import list_recipes
 
-    print_table(("recipe", "what it does"), list_recipes())
+    print_table(("recipe", "what it does", "published", "cost"), list_recipes())
 
 
 @recipes_app.command("copy")
@@ -195,6 +195,8 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     images_per_prompt: Each = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the run's, or the model's own, unless given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
 ) -> None:
     """Draw pictures, a row for each prompt, in one PNG."""
     from burnish import pipeline
@@ -206,6 +208,8 @@ def sample(
         steps=steps,
         guidance=guidance,
         images_per_prompt=images_per_prompt,
+        height=height,
+        width=width,
     )
     print(pipeline.sample_images(model, prompts, output=output, **settings))
 

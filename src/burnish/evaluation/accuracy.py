@@ -123,6 +123,8 @@ def evaluate(
     guidance: float = 1.0,
     seed: int = 43,  # GenEval's
     batch_size: int = 64,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Evaluation:
     """Sample `images_per_prompt` pictures of each prompt without noise in the steps, and judge them.
 
@@ -135,7 +137,8 @@ def evaluate(
     asked = [metadata for metadata in prompts for _ in range(images_per_prompt)]
     seeds = [seed + number for number in range(len(asked))]
     texts = [metadata["prompt"] for metadata in asked]
-    rollout = sample(policy, texts, steps=steps, guidance=guidance, seeds=seeds, batch_size=batch_size)
+    told = {"batch_size": batch_size, "height": height, "width": width}
+    rollout = sample(policy, texts, steps=steps, guidance=guidance, seeds=seeds, **told)
     images = policy.decode(rollout.latents)
     found = detector(images) if detector else []
     verdicts = [geneval_verdict(detections, metadata) for detections, metadata in zip(found, asked, strict=bool(found))]

@@ -22,9 +22,9 @@ def group_distance(features: Float[Tensor, "batch *feature"], groups: Int[Tensor
 
 
 def thumbnails(
-    images: Float[Tensor, "batch channel height width"], side: int = 32
-) -> Float[Tensor, "batch channel h w"]:
-    """Pictures or latents, averaged down to `side` on each side where they are larger: enough to tell them apart, and
-    small enough to gather from every process."""
+    images: Float[Tensor, "batch *channel height width"], side: int = 32
+) -> Float[Tensor, "batch channels h w"]:
+    """Pictures or latents, or clips of either, averaged down to `side` on each side where they are larger: enough to
+    tell them apart, and small enough to gather from every process."""
     height, width = (min(side, length) for length in images.shape[-2:])
-    return F.adaptive_avg_pool2d(images.float(), (height, width))
+    return F.adaptive_avg_pool2d(images.flatten(1, -3).float(), (height, width))

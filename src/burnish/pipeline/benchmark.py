@@ -84,9 +84,9 @@ def benchmark(
     stopped and given again. Writes benchmark.json, benchmark.md and benchmark.svg there after each run; `table_only`
     trains nothing.
     """
-    known = [name for name, _ in list_recipes() if name.startswith("shapes/") and name not in LEFT_OUT]
+    known = [name for name, *_ in list_recipes() if name.startswith("shapes/") and name not in LEFT_OUT]
     chosen, outcomes, console = list(recipes) or known, [], Console(highlight=False)
-    if missing := [name for name in chosen if name not in dict(list_recipes())]:
+    if missing := [name for name in chosen if name not in {recipe.name for recipe in list_recipes()}]:
         raise UserError(f"{missing[0]} is not a shipped recipe: see `burnish recipes list`")
     for seed in range(seeds):
         for name in chosen:

@@ -11,7 +11,7 @@ import torch
 from burnish.checkpoint import atomic_write
 from burnish.errors import UserError
 from burnish.evaluation import Evaluation, wilson
-from burnish.pipeline.measure import evaluation_settings, measure, print_table, write_pictures
+from burnish.pipeline.measure import evaluation_settings, measure, print_table, run_size, write_pictures
 from burnish.pipeline.target import open_target, run_config
 from burnish.report import data_uri, render
 
@@ -137,7 +137,8 @@ def compare(
         images_per_prompt=images_per_prompt,
     )
     origin = config.model if config is not None and base == "base" else str(base)
-    comparison = Comparison(measure(open_target(origin), settings), measure(open_target(run), settings))
+    size = run_size(run)
+    comparison = Comparison(measure(open_target(origin), settings, size), measure(open_target(run), settings, size))
     print_table(COLUMNS, comparison.rows())
     write_comparison(
         comparison, Path(run) if output is None else output, f"{origin} and {run}", settings.images_per_prompt

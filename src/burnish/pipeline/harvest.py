@@ -51,7 +51,9 @@ def harvest(
     asked, detect = load_prompts(settings.prompts), load_callable(settings.detector, "detector")
     config = trainers.load(run / "config.yaml")
     judge = load_judge(config.reward)
-    after, base = (evaluate_with(settings, open_target(one), asked, detect) for one in (str(run), config.model))
+    after, base = (
+        evaluate_with(settings, open_target(one), asked, detect, size=config.size) for one in (str(run), config.model)
+    )
     metadata = [line for line in asked for _ in range(images_per_prompt)]
 
     def rewards(evaluation: Evaluation) -> torch.Tensor:

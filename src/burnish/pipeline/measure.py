@@ -33,8 +33,12 @@ def sample_images(
     steps: int = 28,  # the default of stock Stable Diffusion 3 pipelines
     guidance: float = 1.0,
     images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Path:
     """Draw `images_per_prompt` pictures of each prompt, a row for each, into the PNG `output`; return its path.
+
+    `height` and `width` in pixels: those that a run was trained with, or the model's own, unless given.
 
     `model`, `adapter` and `lora_scale`: as `open_target` takes them. The pictures of a prompt have the seeds `seed`,
     `seed + 1`, ...; those of every prompt have the same.
@@ -43,7 +47,7 @@ def sample_images(
         raise UserError(f"output {output}: pictures are written as PNG: end its name in .png")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty: say what to draw")
-    policy = open_target(model, adapter, lora_scale=lora_scale)
+    policy, own = open_target(model, adapter, lora_scale=lora_scale), run_size(model)
     rollout = sample(
         policy,
         [prompt for prompt in prompts for _ in range(images_per_prompt)],
@@ -51,6 +55,8 @@ def sample_images(
         guidance=guidance,
         seeds=[seed + number for _ in prompts for number in range(images_per_prompt)],
         batch_size=EvaluationConfig().batch_size,
+        height=height or own[0],
+        width=width or own[1],
     )
     write_pictures(policy.decode(rollout.latents), output, columns=images_per_prompt, labels=prompts)
     return output
@@ -82,7 +88,7 @@ def evaluate_target(
         guidance=guidance,
         images_per_prompt=images_per_prompt,
     )
-    evaluation = measure(open_target(target, adapter), settings)
+    evaluation = measure(open_target(target, adapter), settings, run_size(target))
     print_accuracy(evaluation)
     if output is not None:
         write_evaluation(evaluation, settings, output)
@@ -100,12 +106,20 @@ def evaluation_settings(target: str | Path, **given: Any) -> EvaluationConfig:
     return settings
 
 
-def measure(policy: Policy, settings: EvaluationConfig) -> Evaluation:
-    """The policy on the prompts, and by the detector, that the settings name."""
+def run_size(target: str | Path) -> tuple[int | None, int | None]:
+    """Height and width of the pictures of the run in `target`, where they are not the model's own."""
+    config = run_config(target)
+    return (None, None) if config is None else config.size
+
+
+def measure(
+    policy: Policy, settings: EvaluationConfig, size: tuple[int | None, int | None] = (None, None)
+) -> Evaluation:
+    """The policy on the prompts, and by the detector, that the settings name; `size`: height and width in pixels."""
     assert settings.prompts is not None
     assert settings.detector is not None
     detector = load_callable(settings.detector, "detector")
-    return evaluate_with(settings, policy, load_prompts(settings.prompts), detector)
+    return evaluate_with(settings, policy, load_prompts(settings.prompts), detector, size=size)
 
 
 def print_accuracy(evaluation: Evaluation) -> None:

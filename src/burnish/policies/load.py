@@ -80,8 +80,8 @@ def prepare_parts(pipeline: Any, policy: Policy, device: torch.device | str) -> 
             component.requires_grad_(False).eval()
             if not getattr(component, "is_quantized", False):  # those are where they were loaded to, and stay
                 component.to(device)
-    vae: Any = getattr(pipeline, "vae", None)
     options = policy.options
+    vae: Any = getattr(pipeline, "vae", None)
     if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
         vae.float()  # as the pipeline does at each decoding: it overflows in half precision
     if options.vae_tiling:

@@ -25,7 +25,7 @@ from burnish.policies.conditioning import Conditioning, PromptCache, TextTable, 
 from burnish.policies.guidance import guided
 from burnish.policies.lora_files import load_lora
 from burnish.policies.options import PipelineConfig
-from burnish.policies.trained import NAME, Adapter, LoraConfig, Trained, Whole, check_adapter, linear_layers
+from burnish.policies.trained import NAME, Adapter, LoraConfig, Trained, Whole, check_adapter
 from burnish.processes import Grid, RectifiedFlow, VariancePreserving
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # diffusers train_dreambooth_lora_sdxl.py
@@ -330,14 +330,12 @@ class Policy(ABC):
         Raises UserError where its settings do not fit each other or the network.
         """
         check_adapter(config, self.dtype)
-        named = {"attention": list(self.attention_targets), "all-linear": None}
-        told = named[config.targets] if isinstance(config.targets, str) else config.targets
-        targets = {self.network_name: told}
+        targets = {self.network_name: self._targets(config.targets)}
         if config.text_encoders:
             targets |= {name: list(CLIP_TARGETS) for name in self._trainable_encoders()}
         modules = {name: getattr(self.pipeline, name) for name in targets}
         if config.start is None:
-            self.trained = Adapter.fresh(modules, config, lambda name: linear_layers(modules[name], targets[name]))
+            self.trained = Adapter.fresh(modules, config, targets)
             return
         there = load_lora(self.pipeline, config.start, NAME)
         if set(there) != set(modules):
@@ -346,6 +344,19 @@ class Policy(ABC):
                 f"{' and '.join(modules)}: set lora.text_encoders={str(len(there) > 1).lower()}"
             )
         self.trained = Adapter.loaded(modules, merged=config.merged)
+
+    def _targets(self, told: str | list[str]) -> list[str]:
+        """The layers that an adapter is put on, or the ends of their names; UserError for one that no layer has."""
+        linear = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        if isinstance(told, str):
+            return linear if told == "all-linear" else list(self.attention_targets)
+        for end in told:
+            if not any(name == end or name.endswith(f".{end}") for name in linear):
+                raise UserError(
+                    f"lora.targets: no linear layer of the {type(self.module).__name__} is called {end}: give the ends "
+                    f"of such names as {', '.join(linear[:3])}"
+                )
+        return told
 
     def _trainable_encoders(self) -> list[str]:
         """Names of the text encoders that get an adapter; from here on prompts are encoded at every call."""

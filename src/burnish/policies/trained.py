@@ -1,7 +1,7 @@
 """What of a policy is trained: an adapter, beside the weights or merged into them, or all of the network."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -85,17 +85,15 @@ class Adapter:
             self._merged = {f"{name}.base_layer.weight": one for name, one in named if isinstance(one, LoraLayer)}
 
     @classmethod
-    def fresh(
-        cls, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Callable[[str], Sequence[str]]
-    ) -> "Adapter":
-        """A new one on `targets(name)`, the layers of each module by the ends of their names."""
+    def fresh(cls, modules: Mapping[str, nn.Module], config: LoraConfig, targets: Mapping[str, list[str]]) -> "Adapter":
+        """A new one on `targets`, the layers of each module by the ends of their names."""
         for name, module in modules.items():
             module.add_adapter(  # pyright: ignore[reportCallIssue]
                 peft.LoraConfig(
                     r=config.rank,
                     lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
                     init_lora_weights="gaussian",
-                    target_modules=list(targets(name)),
+                    target_modules=targets[name],
                     use_dora=config.dora,
                 ),
                 adapter_name=NAME,
@@ -186,15 +184,3 @@ def check_adapter(config: LoraConfig, dtype: torch.dtype) -> None:
         )
     if config.merged and config.dora:
         raise UserError("lora.merged adds a product into the weights, and lora.dora is no sum: set one of them false")
-
-
-def linear_layers(module: nn.Module, told: Sequence[str] | None) -> Sequence[str]:
-    """The names of a network's linear layers, all or those that end as `told`; UserError where none does."""
-    linear = [name for name, one in module.named_modules() if isinstance(one, nn.Linear)]
-    for end in told or ():
-        if not any(name == end or name.endswith(f".{end}") for name in linear):
-            raise UserError(
-                f"lora.targets: no linear layer of the {type(module).__name__} is called {end}: give the ends "
-                f"of such names as {', '.join(linear[:3])}"
-            )
-    return linear if told is None else told

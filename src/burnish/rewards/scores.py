@@ -11,6 +11,8 @@ from torch import Tensor
 
 from burnish.errors import RewardError, UserError, described
 
+CLIPS = 5  # dimensions of a batch of clips
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -30,7 +32,8 @@ class Scores:
         return Scores(change(self.total), {name: change(part) for name, part in self.parts.items()}, missing)
 
 
-# (images [batch, 3, height, width] in [0, 1], prompts, metadata) -> Scores, or a plain [batch] tensor or list
+# (images [batch, 3, height, width] in [0, 1], prompts, metadata) -> Scores, or a plain [batch] tensor or list. If its
+# attribute `takes_clips` is true, it is given the clips of a video model [batch, frames, 3, height, width] as they are.
 Reward = Callable[..., Any]
 
 
@@ -39,8 +42,11 @@ def score(
 ) -> Scores:
     """Call a reward and check what it says: one finite number a picture, or RewardError that names it.
 
-    `total` is nan where it is `missing`. Gradients are kept.
+    `total` is nan where it is `missing`. Gradients are kept. The score of a clip is the mean of its frames', unless the
+    reward `takes_clips`.
     """
+    if images.ndim == CLIPS and not getattr(reward, "takes_clips", False):
+        return _of_clips(reward, images, prompts, lines_of(prompts, metadata))
     name = name_of(reward)
     if not images.is_floating_point():
         raise UserError(f"reward {name}: images are {images.dtype}; a reward is given floats in [0, 1]: divide by 255")
@@ -75,6 +81,17 @@ def score(
     if scores.missing is None or not scores.missing.any():
         return Scores(scores.total, scores.parts)
     return Scores(scores.total.masked_fill(scores.missing, torch.nan), scores.parts, scores.missing)
+
+
+def _of_clips(reward: Reward, clips: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+    """The mean of the frames' scores; a clip with a frame that nobody could judge is missing."""
+    frames = clips.shape[1]
+    texts = [prompt for prompt in prompts for _ in range(frames)]
+    lines = [line for line in metadata for _ in range(frames)]
+    told = score(reward, clips.flatten(0, 1), texts, lines)
+    missing = None if told.missing is None else told.missing.unflatten(0, (-1, frames)).any(1)
+    means = Scores(told.total, told.parts).each(lambda values: values.unflatten(0, (-1, frames)).mean(1))
+    return Scores(means.total, means.parts, missing)
 
 
 def joined(slices: Sequence[Scores]) -> Scores:

@@ -83,7 +83,7 @@ def evaluation(session: Watched) -> Evaluation:
     """Held-out pictures of the policy as it is, judged."""
     settings = session.config.evaluation
     reward = session.reward if settings.reward else None
-    return evaluate_with(settings, session.policy, session.held_out, session.detector, reward)
+    return evaluate_with(settings, session.policy, session.held_out, session.detector, reward, size=session.config.size)
 
 
 def evaluate_with(
@@ -92,8 +92,10 @@ def evaluate_with(
     prompts: Sequence[Mapping[str, Any]],
     detector: Detector | None,
     reward: Judge | None = None,
+    *,
+    size: tuple[int | None, int | None] = (None, None),
 ) -> Evaluation:
-    """`burnish.evaluation.evaluate` with a run's settings."""
+    """`burnish.evaluation.evaluate` with a run's settings; `size`: its height and width in pixels, or the model's."""
     return evaluate(
         policy,
         prompts,
@@ -104,6 +106,8 @@ def evaluate_with(
         guidance=settings.guidance,
         seed=settings.seed,
         batch_size=settings.batch_size,
+        height=size[0],
+        width=size[1],
     )
 
 
