@@ -218,7 +218,10 @@ def test_a_bad_recipe(burnish, shelf, case):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["model={shelf}/other_family"], "does not train a DDIMPipeline; it trains StableDiffusion"),
+        (
+            ["model={shelf}/other_family"],
+            "does not train a DDIMPipeline; the nearest that it does is Stable",
+        ),
         (["model={shelf}/ddpm"], "DiffusionNFT needs a rectified_flow"),
         (["model={shelf}/ddpm", "algorithm=flow_grpo"], "set kl_form=exact"),
         (["model={shelf}/ddpm", "algorithm=flow_grpo", "rollout.sampler=dance"], "sampler=dance is for flow models"),

@@ -56,6 +56,9 @@ class Toy(Policy):
     def _encode_prompts(self, prompts):
         return {"nothing": torch.zeros(len(prompts), 1)}
 
+    def blank(self, batch):
+        return self._encode_prompts([""] * batch)
+
     def _forward(self, x, time, told, guidance):
         if self.on_base:
             return self.base * x

@@ -1,12 +1,14 @@
 """What a pipeline is told beside its weights, and pipelines that something is wrong with."""
 
+import sys
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from stock_pipelines import build, load
 
 from burnish.errors import UserError
-from burnish.policies import LoraConfig, load_policy
+from burnish.policies import LoraConfig, PipelineConfig, load_policy
 from burnish.policies.load import FAMILIES, set_attention
 from burnish.rollout import sample
 
@@ -61,16 +63,32 @@ def test_frames():
         load("wan-2.1", frames=6)
 
 
-def test_quantising_needs_its_package(tmp_path):
+@pytest.mark.parametrize(("quantize", "package"), [("nf4", "bitsandbytes"), ("int8", "torchao")])
+def test_quantising_needs_its_package(quantize, package, tmp_path, monkeypatch):
     build("sd").save_pretrained(tmp_path)
-    from burnish.policies.load import load_pipeline
-    from burnish.policies.options import PipelineConfig
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.quantization", None)
+    with pytest.raises(UserError, match=rf"pipeline\.quantize={quantize} needs {package}.*: pip install burnish"):
+        load_policy(str(tmp_path), options=PipelineConfig(quantize=quantize))
 
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"needs bitsandbytes: pip install burnish\[quantized\]"):
-            load_pipeline(str(tmp_path), options=PipelineConfig(quantize="nf4"))
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["sd", "flux-dev"])
+def test_an_adapter_on_a_quantised_network(family, tmp_path):
+    pytest.importorskip("torchao")
+    build(family).save_pretrained(tmp_path)
+    options = PipelineConfig(quantize="int8")
+    policy = load_policy(str(tmp_path), LoraConfig(rank=2), torch.bfloat16, options=options)
+    told, time = policy.encode(PROMPTS), policy.grid(4).times[1]
+    x = torch.randn((2, *policy.latent_shape(16, 16)), generator=torch.Generator().manual_seed(0))
+    prediction = policy.predict(x, time, told)
+    prediction.float().square().mean().backward()
+    assert all(p.dtype == torch.float32 for p in policy.trainable().values())
+    assert any(p.grad is not None and p.grad.any() for p in policy.trainable().values())
+    whole = load(family)
+    expected = whole.predict(x, time, whole.encode(PROMPTS))
+    assert (prediction - expected).norm() < 0.05 * expected.norm()
+    assert (policy.save(tmp_path / "adapter") / "pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize("family", ["sd", "flux-dev"])

@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from stock_pipelines import MAIN
+from stock_pipelines import MAIN, load
 
 from burnish import trainers
+from burnish.config import recipes_directory
+from burnish.errors import UserError
+from burnish.policies import LoraConfig
+from burnish.trainers.sharding import shard
 
 SIZES = {"flux-dev": 16, "z-image": 16, "lumina-2": 64, "qwen-image": 32, "wan-2.1": 32}  # where the default is large
 PROGRAM = """
@@ -58,19 +67,34 @@ def runs(tiny_recipe, tiny_family, tmp_path_factory) -> Path:
             told = recipe(tiny_recipe, family, tiny_family(family), folder / count / family)
             OmegaConf.save(told, folder / f"{count}-{family}.yaml")
         trainers.train(folder / f"one-{family}.yaml")
-    (folder / "train.py").write_text(PROGRAM)
+    launched(PROGRAM, folder, *(folder / f"two-{family}.yaml" for family in MAIN))
+    return folder
+
+
+def launched(program: str, folder: Path, *arguments: Path, **environment: str) -> str:
+    """What two processes of a program say, which the environment keeps on the CPU."""
+    (folder / "program.py").write_text(program)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", folder / "train.py"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", folder / "program.py"]
     done = subprocess.run(
-        [sys.executable, *launch, *(folder / f"two-{family}.yaml" for family in MAIN)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        [sys.executable, *launch, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return folder
+    return done.stdout
+
+
+def half_way(whole: Path, run: Path) -> Path:
+    """A copy of a run as it was after its first round."""
+    shutil.copytree(whole, run)
+    (run / "config.yaml").write_text((whole / "config.yaml").read_text().replace(str(whole), str(run)))
+    shutil.rmtree(run / "checkpoints/step-000002")
+    shutil.rmtree(run / "adapter")
+    return run
 
 
 def adapter(run: Path) -> Path:
@@ -91,13 +115,83 @@ def test_two_processes_do_what_one_does(runs, family):
 @pytest.mark.parametrize("family", MAIN)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(runs, family, tmp_path):
     whole = runs / "one" / family
-    shutil.copytree(whole, tmp_path / "run")
-    config = (whole / "config.yaml").read_text().replace(str(whole), str(tmp_path / "run"))
-    (tmp_path / "run/config.yaml").write_text(config)
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
-    shutil.rmtree(tmp_path / "run/adapter")
-    trainers.resume(tmp_path / "run")
+    trainers.resume(half_way(whole, tmp_path / "run"))
     assert adapter(tmp_path / "run").read_bytes() == adapter(whole).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [row["ratio/first_deviation"] for row in rows[1:]] == [0, 0]
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from torch.distributed.tensor import DTensor
+from burnish import trainers
+from burnish.trainers import session, sharding
+shard = sharding.shard
+def looked_at(policy, accelerator):
+    shard(policy, accelerator)
+    own = set(policy.trainable().values())
+    frozen = [p for p in policy.module.parameters() if p not in own]
+    assert all(isinstance(p, DTensor) for p in frozen) and not any(isinstance(p, DTensor) for p in own)
+    here = sum(p.to_local().numel() for p in frozen)
+    print("share", round(here / sum(p.numel() for p in frozen), 1), flush=True)
+session.shard = looked_at
+for run in sys.argv[1:]:
+    trainers.resume(Path(run))
+    assert PartialState().num_processes == 2
+"""
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+def test_frozen_weights_that_are_spread_over_processes(runs, tmp_path):
+    """FSDP2: each process holds half of them, and a run goes on as it did with all of them on one."""
+    spread = ("sd", "flux-dev")
+    halves = [half_way(runs / "one" / family, tmp_path / family) for family in spread]
+    said = launched(SHARDED, tmp_path, *halves, **FSDP2, FSDP_AUTO_WRAP_POLICY="NO_WRAP")
+    assert said.count("share 0.5") == 2 * len(spread)
+    for family in spread:
+        one, two = (load_file(adapter(run)) for run in (runs / "one" / family, tmp_path / family))
+        assert max((one[key] - two[key]).abs().max() for key in one) <= 1e-5
+
+
+def test_launches_that_cannot_be_sharded(monkeypatch):
+    def launched_as(kind: DistributedType) -> Accelerator:
+        return type("Launched", (Accelerator,), {"distributed_type": kind, "__init__": lambda self: None})()
+
+    accelerator = launched_as(DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match="does not train under DeepSpeed"):
+        shard(load("sd", LoraConfig(rank=2)), accelerator)
+    accelerator = launched_as(DistributedType.FSDP)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    whole = load("sd")
+    whole.train_whole(reference=False)
+    with pytest.raises(UserError, match="lora=null trains all weights, which burnish does not shard"):
+        shard(whole, accelerator)
+    with pytest.raises(UserError, match=r"set lora\.merged=false"):
+        shard(load("sd", LoraConfig(rank=2, merged=True)), accelerator)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="set fsdp_version: 2"):
+        shard(load("sd", LoraConfig(rank=2)), accelerator)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((recipes_directory() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_what_is_shipped_for_accelerate_is_what_it_takes(path):
+    """As `accelerate launch --config_file` reads it, and sets the environment from it; no GPU, so nothing starts."""
+    config = load_config_from_file(str(path))
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "burnish", "train", "x"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    assert config.num_processes == arguments.num_processes
+    assert f"--config_file recipes/accelerate/{path.name} -m burnish train RECIPE" in path.read_text()
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (path.stem == "fsdp2")
+    if path.stem == "fsdp2":
+        assert {name: environment[name] for name in ("FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD")} == {
+            "FSDP_VERSION": "2",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        }

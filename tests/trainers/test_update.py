@@ -2,12 +2,15 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from burnish.checkpoint import load_checkpoint, save_checkpoint
+from burnish.errors import UserError
 from burnish.trainers.update import Update, UpdateConfig
 
 
@@ -135,3 +138,36 @@ def test_state_restores_everything_that_the_next_step_depends_on():
     assert torch.equal(weight, other)
     assert torch.equal(update.average["weight"], restored.average["weight"])
     assert (update.steps, update.skipped) == (restored.steps, restored.skipped) == (6, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_eight_bits_learn_and_are_restored(tmp_path):
+    pytest.importorskip("bitsandbytes")
+
+    def made() -> tuple[nn.Parameter, Update]:
+        weight = nn.Parameter(torch.linspace(-1, 1, 8192))  # smaller ones are kept in fp32
+        config = UpdateConfig(optimizer="adamw_8bit", learning_rate=0.02, weight_decay=0.0)
+        return weight, Update(Accelerator(cpu=True), {"weight": weight}, config, total=40)
+
+    def advance(weight: nn.Parameter, update: Update, steps: int) -> None:
+        for _ in range(steps):
+            update.backward((weight - 0.5).square().sum())
+            update.step()
+
+    weight, update = made()
+    start = (weight - 0.5).square().mean().item()
+    advance(weight, update, 20)
+    assert "dtype=torch.uint8" in str(update.optimizer.state_dict())
+    other, restored = made()
+    restored.load_state_dict(load_checkpoint(save_checkpoint(tmp_path, 1, update.state_dict())))
+    advance(weight, update, 20)
+    advance(other, restored, 20)
+    assert torch.equal(weight, other)
+    assert (weight - 0.5).square().mean() < 0.3 * start
+
+
+def test_eight_bits_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"update\.optimizer=adamw_8bit needs bitsandbytes"):
+        updater(optimizer="adamw_8bit")

@@ -70,10 +70,26 @@ def options(
 
 
 @app.command()
-def doctor() -> None:
-    """Show what burnish finds on this machine; exit with 2 if something is missing."""
-    from burnish.cli.machine import examine
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A hub id or a directory: say how much memory training it takes instead.")
+    ] = None,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe to train it with; its model, unless one is given.")
+    ] = None,
+    gpu: Annotated[float | None, typer.Option(help="GiB of the GPU; the one here unless given.")] = None,
+    processes: Annotated[int, typer.Option(help="GPUs that share a round.")] = 1,
+) -> None:
+    """Show what burnish finds on this machine; exit with 2 if something is missing. With a model, or a recipe: how much
+    memory training takes, from the config files alone."""
+    from burnish.cli.machine import examine, judge_memory
 
+    if model or recipe:
+        rows, verdict = judge_memory(model, recipe, overrides or [], gpu, processes)
+        print_table(("", "GiB"), rows)
+        print(verdict)
+        return
     rows, missing = examine()
     print_table(("", ""), rows)
     if missing:

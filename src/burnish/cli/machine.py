@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +67,31 @@ def _package_data(missing: list[str]) -> list[tuple[str, str]]:
         rows.append((name, str(count) if count else "MISSING"))
         missing += [] if count else [name]
     return rows
+
+
+def judge_memory(
+    model: str | None, recipe: str | None, overrides: Sequence[str], gpu: float | None, processes: int
+) -> tuple[list[tuple[str, str]], str]:
+    """What training takes, part by part, and in a sentence whether that fits a GPU of `gpu` GiB."""
+    import torch
+
+    from burnish.pipeline.memory import GIB, estimate, measure_recipe, remedies
+
+    if model and "=" in model:  # the first override, where only a recipe is given
+        model, overrides = None, [model, *overrides]
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0).total_memory / GIB
+    name, told, settings = measure_recipe(model, recipe, overrides, processes=processes)
+    whole = estimate(told, settings)
+    rows = [(what, f"{size / GIB:.2f}") for what, size in [*whole.rows, ("together", whole.total)]]
+    rest = "The rewards' models and the libraries' own memory, about a GiB, come on top."
+    if gpu is None:
+        return rows, f"{name}: {whole.total / GIB:.1f} GiB. {rest} --gpu GIB says whether that fits."
+    if whole.total <= gpu * GIB:
+        return rows, f"{name}: {whole.total / GIB:.1f} GiB fit {gpu:g} GiB. {rest}"
+    taken, after = remedies(told, settings, gpu * GIB)
+    fits = f"fits {gpu:g} GiB" if after.total <= gpu * GIB else f"is still more than {gpu:g} GiB: spread it with FSDP2"
+    return rows, (
+        f"{name}: {whole.total / GIB:.1f} GiB do not fit {gpu:g} GiB. With {' '.join(taken)} it is "
+        f"{after.total / GIB:.1f} GiB, which {fits}. {rest}"
+    )

@@ -12,6 +12,8 @@ Encode = Callable[[list[Any]], dict[str, Tensor]]
 
 log = logging.getLogger(__name__)
 
+CLIP_TOKENS = 77  # that CLIP sees of a prompt
+
 
 @dataclass(frozen=True)
 class Conditioning:

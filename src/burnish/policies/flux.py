@@ -29,6 +29,13 @@ class FluxPolicy(FlowPolicy):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        config = self.pipeline.transformer.config
+        return {
+            "prompt_embeds": torch.zeros(batch, self.text_tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": torch.zeros(batch, config.pooled_projection_dim),
+        }
+
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         height, width = x.shape[-2:]
         embeds = told["prompt_embeds"].to(x.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -78,10 +78,10 @@ def prepare_parts(pipeline: Any, policy: Policy, device: torch.device | str) -> 
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
-            if not getattr(component, "is_quantized", False):  # those are where they were loaded to, and stay
+            if not getattr(component, "is_loaded_in_4bit", False):  # those are on the GPU already, and cannot be moved
                 component.to(device)
     options = policy.options
-    vae: Any = getattr(pipeline, "vae", None)
+    vae = pipeline.components.get("vae")
     if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
         vae.float()  # as the pipeline does at each decoding: it overflows in half precision
     if options.vae_tiling:
@@ -148,8 +148,8 @@ def load_pipeline(
         folder = path if looks_local else DiffusionPipeline.download(source)  # a download shows its progress
         with quietly():
             pipeline: Any = DiffusionPipeline.from_pretrained(str(folder), **told)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the last three: of model_index.json
-        raise UserError(f"{source}: cannot be loaded as a diffusers pipeline ({_reason(error)})") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # the last: of the index
+        raise UserError(f"{source}: cannot be loaded as a diffusers pipeline ({why_not_loaded(error)})") from error
     for number, adapter in enumerate(options.adapters if options else ()):
         load_lora(pipeline, adapter, f"base-{number}")
         merge_adapters(pipeline)
@@ -163,7 +163,7 @@ def merge_adapters(pipeline: Any) -> None:
         pipeline.unload_lora_weights()
 
 
-def _reason(error: Exception) -> str:
+def why_not_loaded(error: Exception) -> str:
     """The first line of an error, or what the hub means by it."""
     names = [type(one).__name__ for one in (error, error.__cause__, error.__context__) if one is not None]
     if "GatedRepoError" in names:
@@ -174,26 +174,24 @@ def _reason(error: Exception) -> str:
 
 
 def quantisation(options: PipelineConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is told to quantise the frozen network; UserError where the package is missing."""
+    """What `from_pretrained` is told to quantise the frozen network; UserError where a package is missing."""
     if options.quantize is None:
         return {}
-    from diffusers import PipelineQuantizationConfig
-
-    backend = {"nf4": "bitsandbytes_4bit", "int8": "bitsandbytes_8bit"}[options.quantize]
-    told = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+        if options.quantize == "nf4":
+            import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+            how: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        else:
+            from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
+
+            how = TorchAoConfig(Int8WeightOnlyConfig())
     except ImportError as error:
         raise UserError(
-            f"pipeline.quantize={options.quantize} needs bitsandbytes: pip install burnish[quantized]"
+            f"pipeline.quantize={options.quantize} needs {error.name}: pip install burnish[quantized]"
         ) from error
-    return {
-        "quantization_config": PipelineQuantizationConfig(
-            quant_backend=backend,
-            quant_kwargs=told if options.quantize == "nf4" else {"load_in_8bit": True},
-            components_to_quantize=["transformer", "unet"],
-        )
-    }
+    networks = dict.fromkeys(("transformer", "unet"), how)
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=networks)}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Lumina-Image 2: a DiT over prompt and picture on a rectified flow whose time runs from noise to data, and Gemma."""
 
+import torch
 from torch import Tensor
 
 from burnish.policies.flow import FlowPolicy
@@ -28,6 +29,10 @@ class Lumina2Policy(FlowPolicy):
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
         embeds, mask = self.pipeline._get_gemma_prompt_embeds(texts, self.device, self.text_tokens)
         return {"prompt_embeds": embeds, "mask": mask}
+
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
+        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         return -self._network(  # it predicts x0 - noise

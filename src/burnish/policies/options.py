@@ -15,7 +15,8 @@ class PipelineConfig:
     guidance_rescale: Annotated[float, Ge(0)] = 0.0  # 0.7 for zero-terminal SNR; Lin et al. 2023, arXiv 2305.08891
     frames: Annotated[int, Gt(0)] | None = None  # of a video; null: the pipeline's own
     adapters: list[str] = field(default_factory=list)  # LoRAs that belong to the base: merged into its weights
-    quantize: Literal["nf4", "int8"] | None = None  # the frozen network's weights; extra `burnish[quantized]`
+    # The frozen network's weights in 4 bits (bitsandbytes, needs a GPU) or in 8 (torchao); extra `burnish[quantized]`.
+    quantize: Literal["nf4", "int8"] | None = None
     attention: str | None = None  # a backend of diffusers' dispatcher: native, flash, sage, xformers ...
     compile: str | None = None  # a backend of torch.compile for the network: inductor
     vae_tiling: bool = False  # large pictures are decoded in tiles, whose seams may show

@@ -66,6 +66,7 @@ class Policy(ABC):
         self.decode_batch_size = 32
         self.calls = 0  # of the network so far, counted in pictures: a guided prediction of 8 pictures is 16
         self.offloaded = False
+        self.sharded = False  # whether the frozen weights are spread over processes, which then call it together
         self.trained: Trained | None = None
         self._prompts = PromptCache(self._encode_awake)
         self._negatives = PromptCache(self._encode_negative_awake)
@@ -96,6 +97,10 @@ class Policy(ABC):
     @abstractmethod
     def _latent(self) -> tuple[int, tuple[int, int]]:
         """Channels of a latent, and the height and width of one of the pipeline's default size."""
+
+    @abstractmethod
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        """What `_encode_prompts` gives, of the right shapes and of nobody's prompt: for what needs no text encoder."""
 
     def _text(self, prompt: str) -> str:
         """What a tokenizer gets to see for a prompt."""

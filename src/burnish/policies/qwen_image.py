@@ -31,6 +31,10 @@ class QwenImagePolicy(FlowPolicy):
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
         return {"prompt_embeds": fixed_length(embeds, self.text_tokens), "mask": fixed_length(mask, self.text_tokens)}
 
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.joint_attention_dim)
+        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         height, width = x.shape[-2:]
         tokens = self._network(

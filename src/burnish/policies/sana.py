@@ -2,6 +2,7 @@
 
 import inspect
 
+import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
@@ -32,6 +33,10 @@ class SanaPolicy(FlowPolicy):
             complex_human_instruction=instruction,
         )
         return {"prompt_embeds": embeds, "mask": mask}
+
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.caption_channels)
+        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         config = self.pipeline.transformer.config

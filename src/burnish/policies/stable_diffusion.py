@@ -1,7 +1,9 @@
 """Stable Diffusion 1.x and 2.x, and their LCMs: one CLIP text encoder, epsilon or v."""
 
+import torch
 from torch import Tensor
 
+from burnish.policies.conditioning import CLIP_TOKENS
 from burnish.policies.unet import UNetPolicy
 
 
@@ -15,11 +17,14 @@ class StableDiffusionPolicy(UNetPolicy):
         )
         return {"prompt_embeds": embeds}
 
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.zeros(batch, CLIP_TOKENS, self.pipeline.unet.config.cross_attention_dim)}
+
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         return self._network(
             x,
             time,
-            encoder_hidden_states=told["prompt_embeds"],
+            encoder_hidden_states=told["prompt_embeds"].to(x.dtype),
             timestep_cond=self._embedded(x, guidance),
             return_dict=False,
         )[0]

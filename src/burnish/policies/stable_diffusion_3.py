@@ -1,8 +1,10 @@
 """Stable Diffusion 3 and 3.5: an MMDiT on a rectified flow; T5 is optional."""
 
+import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from burnish.policies.conditioning import CLIP_TOKENS
 from burnish.policies.flow import FlowPolicy
 from burnish.policies.folding import FoldedJointAttention, key_bias
 from burnish.policies.options import PipelineConfig
@@ -22,7 +24,7 @@ class StableDiffusion3Policy(FlowPolicy):
         self.patch = pipeline.transformer.config.patch_size
         # Without T5 its tokens are all zero, hence equal: the network sees one that counts as often as there are.
         t5 = pipeline.text_encoder_3
-        self._folded = t5 is None or not bool(t5.encoder.final_layer_norm.weight.any())  # such a T5 gives only zeros
+        self._folded = t5 is None or _silent(t5.encoder.final_layer_norm.weight)
         self.tokenizer_name = "tokenizer" if self._folded else "tokenizer_3"
         if self._folded:
             pipeline.transformer.set_attn_processor(FoldedJointAttention())
@@ -42,6 +44,14 @@ class StableDiffusion3Policy(FlowPolicy):
         if self._folded:
             embeds = embeds[:, : embeds.shape[1] - self.text_tokens + 1]
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        config = self.pipeline.transformer.config
+        tokens = CLIP_TOKENS + (1 if self._folded else self.text_tokens)
+        return {
+            "prompt_embeds": torch.zeros(batch, tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": torch.zeros(batch, config.pooled_projection_dim),
+        }
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         embeds = told["prompt_embeds"].to(x.dtype)
@@ -64,3 +74,8 @@ class StableDiffusion3Policy(FlowPolicy):
     def _latent(self) -> tuple[int, tuple[int, int]]:
         config = self.pipeline.transformer.config
         return config.in_channels, (config.sample_size, config.sample_size)
+
+
+def _silent(scale: Tensor) -> bool:
+    """Whether this is the scale of a T5 that gives only zeros; one without weights is taken for a real one."""
+    return not scale.is_meta and not bool(scale.any())

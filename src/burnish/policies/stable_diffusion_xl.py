@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from burnish.policies.conditioning import CLIP_TOKENS
 from burnish.policies.unet import UNetPolicy
 
 
@@ -27,14 +28,25 @@ class StableDiffusionXLPolicy(UNetPolicy):
             told = {name: tensor * named.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in told.items()}
         return told
 
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        width = self.pipeline.unet.config.cross_attention_dim
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        return {
+            "prompt_embeds": torch.zeros(batch, CLIP_TOKENS, width),
+            "pooled_prompt_embeds": torch.zeros(batch, pooled),
+        }
+
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         height, width = (side * self.factor for side in x.shape[-2:])
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
         return self._network(
             x,
             time,
-            encoder_hidden_states=told["prompt_embeds"],
+            encoder_hidden_states=told["prompt_embeds"].to(x.dtype),
             timestep_cond=self._embedded(x, guidance),
-            added_cond_kwargs={"text_embeds": told["pooled_prompt_embeds"], "time_ids": sizes.repeat(len(x), 1)},
+            added_cond_kwargs={
+                "text_embeds": told["pooled_prompt_embeds"].to(x.dtype),
+                "time_ids": sizes.repeat(len(x), 1),
+            },
             return_dict=False,
         )[0]

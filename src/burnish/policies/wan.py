@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
@@ -48,6 +49,9 @@ class WanPolicy(FlowPolicy):
             prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=self.text_tokens
         )
         return {"prompt_embeds": embeds}
+
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.text_dim)}
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         times = time * self.pipeline.scheduler.config.num_train_timesteps

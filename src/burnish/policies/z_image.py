@@ -35,6 +35,10 @@ class ZImagePolicy(FlowPolicy):
             "mask": torch.cat([fixed_length(mask, self.text_tokens) for _, mask in each]),
         }
 
+    def blank(self, batch: int) -> dict[str, Tensor]:
+        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
+        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         lengths = told["mask"].sum(1).int().tolist()
         embeds = [tokens[:length] for tokens, length in zip(told["prompt_embeds"].to(x.dtype), lengths, strict=True)]

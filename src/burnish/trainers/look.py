@@ -46,7 +46,8 @@ def look(session: Watched) -> dict[str, float]:
     config, step = session.config, session.round
     last, row = step == config.rounds, {}
     with session.policy.weights(session.update.evaluated()):
-        if session.run.writes and (last or step % config.sample_every == 0):
+        draws = session.run.writes or session.policy.sharded  # a sharded network is called by all or by none
+        if draws and (last or step % config.sample_every == 0):
             prompts = one_of_each_kind(session.held_out or session.prompts)
             save_samples(session, prompts, session.run.directory / f"samples/step-{step:06d}.png")
         if session.held_out and (last or step % config.evaluation.every == 0):
@@ -125,4 +126,5 @@ def save_samples(session: Watched, prompts: Sequence[Mapping[str, Any]], path: P
         height=session.config.size[0],
         width=session.config.size[1],
     )
-    save_grid(session.policy.decode(rollout.latents), path, columns=each, labels=texts)
+    if session.run.writes:
+        save_grid(session.policy.decode(rollout.latents), path, columns=each, labels=texts)

@@ -28,6 +28,7 @@ from burnish.replay import Replay
 from burnish.rewards import Judge, load_callable, load_judge
 from burnish.trainers.run import Run
 from burnish.trainers.settings import OnlineConfig, RunConfig, SamplingConfig
+from burnish.trainers.sharding import shard
 from burnish.trainers.update import Update
 
 
@@ -213,7 +214,9 @@ def load_trained(config: RunConfig, accelerator: Accelerator) -> Policy:
         named = inspect.signature(partial(row.objective, **config.objective)).parameters
         asks = any("reference" in name or name in ("kl", "old_kl") for name in named)
         policy.train_whole(reference=asks or bool(getattr(config, "kl_reward", 0)))
+    policy.decode_batch_size = min(policy.decode_batch_size, config.batch_size)
     policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
+    shard(policy, accelerator)
     if policy.process.name not in row.processes:
         raise UserError(f"{row.title} needs a {' or '.join(row.processes)}; {config.model} is a {policy.process.name}")
     return policy

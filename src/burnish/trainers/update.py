@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from burnish.errors import UserError
+
 TRAPEZOID_FALL = 0.2  # part of a run, its last, over which this schedule falls; Haegele et al. 2024, arXiv 2405.18392
 
 
@@ -16,6 +18,7 @@ TRAPEZOID_FALL = 0.2  # part of a run, its last, over which this schedule falls;
 class UpdateConfig:
     """Defaults: Flow-GRPO for SD3.5-M with LoRA, `config/base.py` and `config/grpo.py`."""
 
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # the latter is bitsandbytes'; extra `burnish[quantized]`
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     adam_beta1: Annotated[float, Ge(0)] = 0.9
     adam_beta2: Annotated[float, Ge(0)] = 0.999
@@ -39,6 +42,19 @@ class UpdateConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * fallen
 
 
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """AdamW in fp32, or with states of 8 bits; UserError where that has to be installed."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"update.optimizer={name} needs bitsandbytes: pip install burnish[quantized], or set adamw"
+        ) from error
+    return AdamW8bit
+
+
 class Update:
     """AdamW over `parameters` with a running average; its whole state is `state_dict()`.
 
@@ -51,7 +67,7 @@ class Update:
     ) -> None:
         self.accelerator, self.parameters, self.config, self.total = accelerator, parameters, config, total
         self.optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(
+            optimizer_class(config.optimizer)(
                 parameters.values(),
                 lr=config.learning_rate,
                 betas=(config.adam_beta1, config.adam_beta2),
