@@ -303,7 +303,10 @@ def test_benchmark(burnish, library):
 
 
 def test_recipes_list(burnish, recipes):
-    lines = ["recipe       what it does", "shapes/demo  The demo: 10 minutes — on 2 cores"]
+    lines = [
+        "recipe       what it does                       published  cost",
+        "shapes/demo  The demo: 10 minutes — on 2 cores",
+    ]
     assert burnish("recipes", "list") == (0, "\n".join(lines) + "\n", "")
 
 

@@ -17,6 +17,9 @@ import yaml
 from burnish import cli, trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
+from burnish.policies import FAMILIES
+from burnish.policies.flow import FlowPolicy
+from burnish.policies.unet import UNetPolicy
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
 from burnish.trainers import backprop, offline, online, session
@@ -25,6 +28,7 @@ from burnish.trainers.settings import DataConfig
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"])
+INCLUDED = re.compile(r'--8<-- "(.+)"\n')
 FENCE = re.compile(r"^(<!-- runnable -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -39,7 +43,7 @@ def blocks(language: str) -> list:
             id=f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}",
         )
         for page in PAGES
-        for text in [page.read_text("utf-8")]
+        for text in [INCLUDED.sub(lambda found: (ROOT / found[1]).read_text("utf-8"), page.read_text("utf-8"))]
         for match in FENCE.finditer(text)
         if match[2] == language
     ]
@@ -189,6 +193,23 @@ def read_table(page: str, expected: dict[str, object]) -> tuple[dict, dict]:
     told = {name: str(yaml.safe_load(default)) for name, default in table(page).items()}
     read = {name: float(text) if isinstance(expected.get(name), float) else text for name, text in told.items()}
     return read, {name: value if isinstance(value, float) else str(value) for name, value in expected.items()}
+
+
+def test_the_families_page_has_every_family_and_what_it_is():
+    page = (DOCS / "families.md").read_text("utf-8")
+    rows = {
+        cells[0].strip("`"): cells for cells in map(cells_of, page.splitlines()) if cells and "Pipeline`" in cells[0]
+    }
+    assert rows.keys() == {pipeline.__name__ for pipeline in FAMILIES}
+    for pipeline, family in FAMILIES.items():
+        _, _, process, tokens, _, targets = rows[pipeline.__name__]
+        assert {"flow": FlowPolicy, "DDPM": UNetPolicy}[process] in family.__mro__
+        assert int(tokens) == (family.text_tokens or 77)
+        assert targets == " ".join(f"`{target}`" for target in family.attention_targets)
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_the_configuration_page_has_every_setting_with_its_default():

@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from burnish.errors import UserError
 from burnish.policies import LoraConfig, load_policy
+from burnish.policies.load import why_not_loaded
 from burnish.policies.stable_diffusion import StableDiffusionPolicy
 from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.processes import RectifiedFlow, VariancePreserving
@@ -79,6 +82,19 @@ def test_broken_weights(make, tmp_path):
 
 def test_a_hub_id_that_cannot_be_had():
     assert "burnish-tests/no-such-model: cannot be loaded" in refusal("burnish-tests/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(GatedRepoError, "it is gated: accept its licence"), (RepositoryNotFoundError, "the hub has no such")],
+)
+def test_what_the_hub_means(kind, said):
+    """As huggingface_hub raises it, and diffusers passes it on."""
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/a/b"))
+    error = OSError("a/b is not a local folder")
+    error.__cause__ = kind("403 Client Error", response=response)
+    assert said in why_not_loaded(error)
+    assert said in why_not_loaded(error.__cause__)
 
 
 def test_a_family_that_is_not_known(tmp_path):

@@ -6,6 +6,7 @@ from typing import Literal
 from burnish.bench.epoch import bench_alignprop, bench_epoch
 from burnish.bench.memory import bench_memory
 from burnish.bench.overhead import bench_overhead
+from burnish.bench.predict import bench_predict
 from burnish.bench.preferences import bench_preferences
 from burnish.bench.rewards import bench_rewards
 from burnish.bench.scaling import bench_scaling
@@ -15,7 +16,7 @@ from burnish.bench.step import bench_sde_step
 
 def bench(
     what: Literal[
-        "sde", "overhead", "epoch", "alignprop", "scaling", "memory", "preferences", "rewards", "all"
+        "sde", "predict", "overhead", "epoch", "alignprop", "scaling", "memory", "preferences", "rewards", "all"
     ] = "all",
     model: str = MODEL,
     repeats: int | None = None,
@@ -24,6 +25,7 @@ def bench(
     often = {} if repeats is None else {"repeats": repeats}
     benchmarks: dict[str, Callable[[], dict[str, float]]] = {
         "sde": lambda: bench_sde_step(**often),
+        "predict": lambda: bench_predict(**often),
         "overhead": lambda: bench_overhead(model, **often),
         "epoch": lambda: bench_epoch(**often),
         "alignprop": lambda: bench_alignprop(**often),

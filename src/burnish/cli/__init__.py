@@ -329,6 +329,7 @@ def benchmark(
 
 class Benchmark(StrEnum):
     sde = "sde"
+    predict = "predict"
     overhead = "overhead"
     epoch = "epoch"
     alignprop = "alignprop"

@@ -24,22 +24,26 @@ def write_card(
     signal: str,
     prompt: str,
     picture: Path | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `README.md` into a run's directory and return its path.
 
     `algorithm`: its title; `signal`: what it learnt from, in words; `config`: the run's settings, whose `evaluation`
     says with which steps and guidance the accuracy in `metrics` was measured; `prompt`: an example; `picture`: relative
-    to `directory`. The snippet runs from `directory` with stock diffusers. A base model that is no hub id is not named
-    in the metadata: the hub would
-    not find it, and a path belongs to one machine only.
+    to `directory`; `call`: what the stock pipeline's call is told, `guidance_scale` unless given. The snippet runs from
+    `directory` with stock diffusers. A base model that is no hub id is not named in the metadata: the hub would not
+    find it, and a path belongs to one machine only.
     """
     on_hub = HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
-    tag = algorithm.lower().replace(" ", "-")
+    tag, task = (
+        algorithm.lower().replace(" ", "-"),
+        "text-to-video" if "num_frames" in (call or {}) else "text-to-image",
+    )
     example: dict[str, Any] = {"widget": [{"text": prompt, "output": {"url": picture.as_posix()}}]} if picture else {}
     metadata = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["diffusers", *(["lora"] if config["lora"] else []), "text-to-image", "burnish", tag],
+        pipeline_tag=task,
+        tags=["diffusers", *(["lora"] if config["lora"] else []), task, "burnish", tag],
         base_model=base_model if on_hub else None,
         **example,
     )
@@ -55,7 +59,7 @@ def write_card(
         _results(metrics, settings),
         "## Use",
         "From this folder, with the steps and the guidance of the evaluation:",
-        f"```python\n{_snippet(base_model, on_hub, settings, prompt, whole=not config['lora'])}```",
+        f"```python\n{_snippet(base_model, on_hub, settings, prompt, call, whole=not config['lora'])}```",
         "## Make it again",
         "```sh\nburnish train config.yaml output_dir=runs/again\n```",
         f"<details><summary>config.yaml</summary>\n\n```yaml\n{recipe}```\n\n</details>",
@@ -82,7 +86,15 @@ def _results(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     )
 
 
-def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt: str, *, whole: bool) -> str:
+def _snippet(
+    base_model: str,
+    on_hub: bool,
+    settings: Mapping[str, Any],
+    prompt: str,
+    call: Mapping[str, Any] | None,
+    *,
+    whole: bool,
+) -> str:
     if whole:
         imports, base = "", '"pipeline"'
     elif on_hub:
@@ -91,6 +103,14 @@ def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt:
         imports, base = "from burnish.data import resolve\n", f'resolve("{base_model}")'
     else:  # a folder: config.yaml, beside the card, says where
         imports, base = "import yaml\n", 'yaml.safe_load(open("config.yaml"))["model"]'
+    told = {"guidance_scale": settings["guidance"]} if call is None else call
+    options = "".join(f"    {name}={value!r},\n" for name, value in told.items())
+    save = 'image.save("image.png")\n'
+    if "num_frames" in told:
+        imports, save = (
+            f"from diffusers.utils import export_to_video\n{imports}",
+            'export_to_video(image, "clip.mp4")\n',
+        )
     return (
         f"import torch\n{imports}from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({base})\n"
@@ -98,8 +118,7 @@ def _snippet(base_model: str, on_hub: bool, settings: Mapping[str, Any], prompt:
         + "image = pipe(\n"
         f"    {prompt!r},\n"
         f"    num_inference_steps={settings['steps']},\n"
-        f"    guidance_scale={settings['guidance']},\n"
+        f"{options}"
         f"    generator=torch.Generator().manual_seed({settings['seed']}),\n"
-        ").images[0]\n"
-        'image.save("image.png")\n'
+        f").{'frames' if 'num_frames' in told else 'images'}[0]\n{save}"
     )

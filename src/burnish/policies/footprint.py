@@ -110,7 +110,7 @@ def _pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
         raise UserError(f"{model}: holds no model_index.json, so it is not a diffusers pipeline")
     index = json.loads((path / "model_index.json").read_text("utf-8"))
     parts = {name: told for name, told in index.items() if isinstance(told, list)}
-    made = {name: _part(path / name, *told, dtype) for name, told in parts.items()}
+    made = {name: _part(path / name, told[0], told[1], dtype) for name, told in parts.items()}
     kind = getattr(importlib.import_module("diffusers"), index["_class_name"], None)
     if kind is None:
         raise UserError(f"{model}: diffusers has no {index['_class_name']}")
@@ -125,7 +125,7 @@ def _part(folder: Path, library: str | None, name: str | None, dtype: torch.dtyp
     kind: Any = getattr(importlib.import_module(library), name)
     if "Scheduler" in name:
         return kind.from_pretrained(folder)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    if nn.Module not in getattr(kind, "__mro__", ()):
         return None
     with torch.device("meta"):
         if library == "diffusers":

@@ -81,15 +81,17 @@ def prepare_parts(pipeline: Any, policy: Policy, device: torch.device | str) -> 
             if not getattr(component, "is_loaded_in_4bit", False):  # those are on the GPU already, and cannot be moved
                 component.to(device)
     options = policy.options
-    vae = pipeline.components.get("vae")
-    if vae is not None and vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
+    if options.attention:
+        set_attention(policy.module, options.attention)
+    vae: Any = pipeline.components.get("vae")
+    if vae is None:
+        return
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
         vae.float()  # as the pipeline does at each decoding: it overflows in half precision
     if options.vae_tiling:
         vae.enable_tiling()
     if options.vae_slicing:
         vae.enable_slicing()
-    if options.attention:
-        set_attention(policy.module, options.attention)
 
 
 def compile_network(network: nn.Module, backend: str) -> None:
@@ -190,7 +192,7 @@ def quantisation(options: PipelineConfig, dtype: torch.dtype) -> dict[str, Any]:
         raise UserError(
             f"pipeline.quantize={options.quantize} needs {error.name}: pip install burnish[quantized]"
         ) from error
-    networks = dict.fromkeys(("transformer", "unet"), how)
+    networks: dict[str, Any] = dict.fromkeys(("transformer", "unet"), how)
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping=networks)}
 
 

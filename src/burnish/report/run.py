@@ -87,10 +87,13 @@ def learnt_from(config: Mapping[str, Any]) -> str:
     return f"data {', '.join(Path(source).name for source in config['data']['source'])}"
 
 
-def describe(run: Path, *, title: str, paper: str, prompt: str | None = None) -> None:
+def describe(
+    run: Path, *, title: str, paper: str, prompt: str | None = None, call: Mapping[str, Any] | None = None
+) -> None:
     """Write what people read of a run: `report.html`, and `README.md`, the adapter's model card.
 
     `title` and `paper`: the algorithm's. `prompt`: an example; by default the first that is evaluated or trained on.
+    `call`: what the stock pipeline's call is told besides, as in evaluation.
     """
     write_online_report(run)
     config = read_recipe(run / "config.yaml")
@@ -108,6 +111,7 @@ def describe(run: Path, *, title: str, paper: str, prompt: str | None = None) ->
         signal=learnt_from(config),
         prompt=prompt or load_prompts(config["evaluation"]["prompts"] or config["prompts"])[0]["prompt"],
         picture=pictures[-1].relative_to(run) if pictures else None,
+        call=call,
     )
 
 

@@ -59,5 +59,7 @@ def run_rounds(session: Running, one_round: Callable[[Any], Mapping[str, float]]
                 run.publish(session.policy.save(run.clear_aside()))
             row = ALGORITHMS[config.algorithm]
             prompt = None if session.held_out else session.prompts[0]["prompt"]
-            describe(run.directory, title=row.title, paper=row.paper, prompt=prompt)
+            sides = {name: side for name, side in zip(("height", "width"), config.size, strict=True) if side}
+            call = session.policy.call_options(config.evaluation.guidance) | sides
+            describe(run.directory, title=row.title, paper=row.paper, prompt=prompt, call=call)
     return run.directory

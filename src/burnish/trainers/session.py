@@ -214,6 +214,7 @@ def load_trained(config: RunConfig, accelerator: Accelerator) -> Policy:
         named = inspect.signature(partial(row.objective, **config.objective)).parameters
         asks = any("reference" in name or name in ("kl", "old_kl") for name in named)
         policy.train_whole(reference=asks or bool(getattr(config, "kl_reward", 0)))
+    policy.latent_shape(*config.size)  # refuses sizes that do not divide, before a run's directory is made
     policy.decode_batch_size = min(policy.decode_batch_size, config.batch_size)
     policy.save_memory(checkpointing=config.gradient_checkpointing, offload=config.offload)
     shard(policy, accelerator)

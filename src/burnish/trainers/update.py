@@ -1,6 +1,7 @@
 """The optimiser step that every trainer shares: accumulate, guard, clip, AdamW, average."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -42,7 +43,7 @@ class UpdateConfig:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps)) * fallen
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """AdamW in fp32, or with states of 8 bits; UserError where that has to be installed."""
     if name == "adamw":
         return torch.optim.AdamW
