@@ -1,6 +1,11 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,3 +135,24 @@ def test_misuse_is_refused():
 def test_step_numbers_count_back_from_the_end():
     grid = RectifiedFlow().grid(4)
     assert grid.at(-1) == grid.at(3) == (0.25, 0.0)
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_a_solver_that_was_told_to_be_a_flows_gives_its_times(kind):
+    """SANA's and Wan's own; their shift is in them."""
+    scheduler = kind(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    sigmas = RectifiedFlow.from_scheduler(scheduler).sigmas(8)
+    scheduler.set_timesteps(8)
+    torch.testing.assert_close(sigmas, scheduler.sigmas.float(), rtol=0, atol=1e-6)
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[-1] == 0
+    with pytest.raises(UserError, match="a flow needs a FlowMatchEulerDiscreteScheduler"):
+        RectifiedFlow.from_scheduler(kind())
+
+
+def test_times_that_a_pipeline_spaces_itself():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = RectifiedFlow.from_scheduler(scheduler)
+    even = torch.linspace(1, 0.25, 4)
+    torch.testing.assert_close(flow.sigmas(4, even=True)[:-1], 3 * even / (1 + 2 * even))
+    assert not torch.allclose(flow.sigmas(4), flow.sigmas(4, even=True))

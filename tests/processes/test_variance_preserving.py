@@ -7,13 +7,14 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 from burnish.errors import UserError
-from burnish.processes import VariancePreserving
+from burnish.processes import LCM, VariancePreserving
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LATENT = dict(SD15, clip_sample=False, steps_offset=1)
@@ -323,3 +324,28 @@ def test_misuse_is_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_lcm_steps_are_those_of_diffusers(prediction):
+    scheduler = LCMScheduler(prediction_type=prediction)
+    process = VariancePreserving.from_scheduler(scheduler)
+    assert process.deterministic == LCM(final_noise=False)
+    grid = process.grid(4)
+    scheduler.set_timesteps(4)
+    assert grid.times[:-1].tolist() == scheduler.timesteps.tolist()
+    generator = torch.Generator().manual_seed(0)
+    x, out = torch.randn(2, 2, 4, 8, 8, generator=generator).unbind()
+    for index in range(4):
+        step = process.transition(grid, index, x, out, process.deterministic)
+        drawn = torch.Generator().manual_seed(index)
+        stock = scheduler.step(out, scheduler.timesteps[index], x, generator=drawn).prev_sample
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index))
+        torch.testing.assert_close(step.sample(noise=noise), stock, rtol=1e-5, atol=1e-5)
+        # One number for all samples and one for each are the same step.
+        each = process.transition(grid, torch.tensor([index, index]), x, out, process.deterministic)
+        assert torch.equal(each.mean, step.mean)
+    assert step.is_deterministic
+    last = process.transition(grid, 3, x, out, process.sampler("lcm", 0.0))  # what is trained on has a density
+    assert last.std == pytest.approx((1 - float(process.alphas_cumprod[0])) ** 0.5)
+    assert last.log_prob(last.sample()).isfinite().all()

@@ -195,3 +195,13 @@ def test_what_is_shipped_for_accelerate_is_what_it_takes(path):
             "FSDP_VERSION": "2",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
         }
+
+
+def test_a_few_step_model_trains_on_its_own_steps(tiny_recipe, tiny_family, tmp_path):
+    told = recipe(tiny_recipe, "sdxl", tiny_family("sdxl-lcm"), tmp_path / "run")
+    told.rollout = {"steps": 3, "guidance": 3.0, "sampler": "lcm"}
+    OmegaConf.save(told, tmp_path / "recipe.yaml")
+    run = trainers.train(tmp_path / "recipe.yaml")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ratio/first_deviation"] for row in rows[1:]] == [0, 0]
+    assert rows[-1]["grad_norm"] > 0
