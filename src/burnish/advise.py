@@ -128,8 +128,8 @@ def _shipped() -> list[tuple[str, str]]:
 
 
 def _recipe(name: str, base: Base) -> str | None:
-    """The shipped recipe of an algorithm: for a real model of this kind, then the shapes world's, then FLUX's."""
+    """The shipped recipe of an algorithm: for a real model of this kind, else the shapes world's."""
     fitting = [recipe for recipe, algorithm in _shipped() if algorithm == name]
-    families = ({"ddpm": "sd1.5/", "flow": "sd3.5/"}[base], "shapes/")
+    families = (*{"ddpm": ("sd1.5/", "sdxl/"), "flow": ("sd3.5/", "flux/")}[base], "shapes/")
     order = sorted(fitting, key=lambda recipe: next((n for n, f in enumerate(families) if recipe.startswith(f)), 9))
     return order[0] if order else None
