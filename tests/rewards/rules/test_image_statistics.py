@@ -17,6 +17,7 @@ from burnish.rewards.rules.image_statistics import (
     STATISTICS,
     Statistic,
     brightness,
+    centring,
     contrast,
     dark_fraction,
     edge_density,
@@ -188,3 +189,16 @@ def test_the_table_has_every_name_and_no_other(monkeypatch):
     with pytest.raises(UserError, match="statistic"):
         load.load_reward("image_statistic", {"statistic": "beauty"})
     assert load.load_reward("image_statistic", {"statistic": "redness"})(random(2, 3, 4, 4), [], []).shape == (2,)
+
+
+def test_what_is_centred():
+    """A white pixel in the middle, half way to a corner and in it; a picture of one tone; whichever is the brighter."""
+    images = torch.zeros(4, 3, 65, 65)
+    for row, place in enumerate((32, 16, 0)):
+        images[row, :, place, place] = 1
+    middle, half, corner, flat = centring(images).tolist()
+    assert middle == pytest.approx(1, abs=0.05)
+    assert half == pytest.approx(0.5, abs=0.05)
+    assert corner == pytest.approx(0, abs=0.05)
+    assert flat == pytest.approx(0.46, abs=0.02)
+    torch.testing.assert_close(centring(1 - images), centring(images), rtol=1e-4, atol=1e-4)

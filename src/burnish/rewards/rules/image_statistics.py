@@ -113,6 +113,21 @@ def redness(images: Images) -> Vector:
     return (red - (green + blue) / 2).mean((1, 2))
 
 
+def centring(images: Images) -> Vector:
+    """How near to the middle what stands out is, in [0, 1]: 1 all of it in the middle, 0 all in the corners.
+
+    1 less the mean distance from the middle, in half diagonals, each pixel weighed by the square of how far its luma is
+    from the picture's mean, and of a step of 8 bits besides: a square of one tone has its plain mean, about 0.46.
+    """
+    tone = luma(images)
+    height, width = tone.shape[-2:]
+    down = torch.linspace(-1, 1, height, device=tone.device, dtype=tone.dtype) * height
+    across = torch.linspace(-1, 1, width, device=tone.device, dtype=tone.dtype) * width
+    distance = (down[:, None].square() + across.square()).sqrt() / (height**2 + width**2) ** 0.5
+    weight = (tone - tone.mean((1, 2), keepdim=True)).square() + ONE_OF_256**2
+    return 1 - (weight * distance).sum((1, 2)) / weight.sum((1, 2))
+
+
 def _framed(luma: Luma) -> Float[Tensor, "batch framed_height framed_width"]:
     """With each border pixel repeated once. By cat: the backward of F.pad's replicate is not deterministic on CUDA."""
     luma = torch.cat([luma[:, :1], luma, luma[:, -1:]], 1)
@@ -134,6 +149,7 @@ Statistic = Literal[
     "symmetry",
     "sharpness",
     "redness",
+    "centring",
 ]
 
 STATISTICS: dict[Statistic, Callable[[Images], Vector]] = {
@@ -146,6 +162,7 @@ STATISTICS: dict[Statistic, Callable[[Images], Vector]] = {
     "symmetry": symmetry,
     "sharpness": sharpness,
     "redness": redness,
+    "centring": centring,
 }
 
 
