@@ -18,8 +18,8 @@ from burnish import cli, trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.config import dump_config, find_recipe, from_signature, list_recipes
 from burnish.policies import FAMILIES
-from burnish.policies.flow import FlowPolicy
-from burnish.policies.unet import UNetPolicy
+from burnish.policies.families.flow import FlowPolicy
+from burnish.policies.families.unet import UNetPolicy
 from burnish.report.run import PLOTS
 from burnish.rewards import load_callable
 from burnish.trainers import backprop, offline, online, session

@@ -20,9 +20,8 @@ FOLDER = Path(__file__).parents[1] / "examples/extending"
 
 
 @pytest.fixture
-def example(monkeypatch):
+def example():
     """Imports an example; what it adds to the tables is taken back."""
-    monkeypatch.setattr("burnish.policies.load.FAMILIES", FAMILIES)
     before = dict(FAMILIES), dict(ALGORITHMS)
 
     def imported(name: str):

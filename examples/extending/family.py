@@ -8,7 +8,7 @@ from diffusers import AuraFlowPipeline
 from torch import Tensor
 
 from burnish.policies import FAMILIES
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
 
 
 class AuraFlowPolicy(FlowPolicy):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
-from burnish.policies.folding import FoldedJointAttention, key_bias
+from burnish.policies.families.folding import FoldedJointAttention, key_bias
 
 
 @pytest.fixture

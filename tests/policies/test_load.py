@@ -9,9 +9,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from burnish.errors import UserError
 from burnish.policies import LoraConfig, load_policy
+from burnish.policies.families.stable_diffusion import StableDiffusionPolicy
+from burnish.policies.families.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.policies.load import why_not_loaded
-from burnish.policies.stable_diffusion import StableDiffusionPolicy
-from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.processes import RectifiedFlow, VariancePreserving
 
 

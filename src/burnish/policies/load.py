@@ -16,31 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from burnish.data import resolve
 from burnish.errors import UserError
-from burnish.policies.flux import FluxPolicy
+from burnish.policies.families import FAMILIES
 from burnish.policies.lora_files import load_lora
-from burnish.policies.lumina_2 import Lumina2Policy
 from burnish.policies.options import PipelineConfig
 from burnish.policies.policy import Policy
-from burnish.policies.qwen_image import QwenImagePolicy
-from burnish.policies.sana import SanaPolicy
-from burnish.policies.stable_diffusion import StableDiffusionPolicy
-from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
-from burnish.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from burnish.policies.trained import LoraConfig
-from burnish.policies.wan import WanPolicy
-from burnish.policies.z_image import ZImagePolicy
-
-FAMILIES: dict[type[DiffusionPipeline], type[Policy]] = {
-    diffusers.StableDiffusionPipeline: StableDiffusionPolicy,
-    diffusers.StableDiffusionXLPipeline: StableDiffusionXLPolicy,
-    diffusers.StableDiffusion3Pipeline: StableDiffusion3Policy,
-    diffusers.FluxPipeline: FluxPolicy,
-    diffusers.SanaPipeline: SanaPolicy,
-    diffusers.Lumina2Pipeline: Lumina2Policy,
-    diffusers.QwenImagePipeline: QwenImagePolicy,
-    diffusers.ZImagePipeline: ZImagePolicy,
-    diffusers.WanPipeline: WanPolicy,
-}
 
 
 def load_policy(

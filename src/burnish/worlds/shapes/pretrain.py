@@ -32,9 +32,9 @@ from transformers import CLIPTokenizer
 
 from burnish.evaluation import evaluate, geneval_verdict
 from burnish.policies import Policy
-from burnish.policies.folding import FoldedJointAttention, key_bias
-from burnish.policies.stable_diffusion import StableDiffusionPolicy
-from burnish.policies.stable_diffusion_3 import StableDiffusion3Policy
+from burnish.policies.families.folding import FoldedJointAttention, key_bias
+from burnish.policies.families.stable_diffusion import StableDiffusionPolicy
+from burnish.policies.families.stable_diffusion_3 import StableDiffusion3Policy
 from burnish.processes import VariancePreserving
 from burnish.rewards.models.pixels import prepared
 from burnish.worlds.shapes import captions, scenes, verifier

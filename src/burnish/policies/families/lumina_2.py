@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
 from burnish.policies.guidance import norm_kept
 
 

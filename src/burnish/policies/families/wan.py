@@ -7,7 +7,7 @@ from diffusers import WanPipeline
 from torch import Tensor
 
 from burnish.errors import UserError
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
 from burnish.policies.options import PipelineConfig
 
 FRAMES, SIZE = 81, (480, 832)  # the defaults of the pipeline's call

@@ -5,8 +5,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from burnish.policies.conditioning import CLIP_TOKENS
-from burnish.policies.flow import FlowPolicy
-from burnish.policies.folding import FoldedJointAttention, key_bias
+from burnish.policies.families.flow import FlowPolicy
+from burnish.policies.families.folding import FoldedJointAttention, key_bias
 from burnish.policies.options import PipelineConfig
 
 

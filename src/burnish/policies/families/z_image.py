@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from burnish.policies.conditioning import fixed_length
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
 
 SIDE = 128  # latent pixels of the pipeline's default 1024
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from burnish.policies.flow import FlowPolicy
-from burnish.policies.packing import pack, unpack
+from burnish.policies.families.flow import FlowPolicy
+from burnish.policies.families.packing import pack, unpack
 
 
 class FluxPolicy(FlowPolicy):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from burnish.policies.conditioning import fixed_length
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
+from burnish.policies.families.packing import pack, unpack
 from burnish.policies.guidance import norm_kept
-from burnish.policies.packing import pack, unpack
 
 
 class QwenImagePolicy(FlowPolicy):

@@ -6,7 +6,7 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-from burnish.policies.flow import FlowPolicy
+from burnish.policies.families.flow import FlowPolicy
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 

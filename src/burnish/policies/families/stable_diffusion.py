@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from burnish.policies.conditioning import CLIP_TOKENS
-from burnish.policies.unet import UNetPolicy
+from burnish.policies.families.unet import UNetPolicy
 
 
 class StableDiffusionPolicy(UNetPolicy):
