@@ -95,7 +95,7 @@ def test_wild_samples_are_left_out_once_their_size_is_known():
 class Gaussian(Toy):
     """The flow of N(0, 1) itself, v = E[eps - x0 | x], and a bias for each step that is learned."""
 
-    def _forward(self, x, time, conditioning):
+    def _forward(self, x, time, told, guidance):
         s = float(time[0])
         v = x * (2 * s - 1) / ((1 - s) ** 2 + s**2)
         if self.on_base:

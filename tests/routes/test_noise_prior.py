@@ -39,7 +39,7 @@ class Sure(Toy):
 
     truth, called = None, 0
 
-    def _forward(self, x, time, conditioning):
+    def _forward(self, x, time, told, guidance):
         self.called += 1
         known = self.truth is not None and self.called > 6
         return self.truth + 0 * self.weight * x if known else super()._forward(x, time, conditioning)

@@ -163,7 +163,7 @@ def test_the_adapter_can_be_annealed(config, tmp_path):
     for _ in range(3):
         backprop.one_round(session)
         session.round += 1
-        scales.append(session.policy.lora_scale)
+        scales.append(session.policy.trained.scale)
     assert scales == [1, 0.75, 0.5]
     saved = load_file(session.policy.save(tmp_path / "saved") / "pytorch_lora_weights.safetensors")
     session.policy.scale_lora(1.0)
