@@ -42,7 +42,7 @@ class Sure(Toy):
     def _forward(self, x, time, told, guidance):
         self.called += 1
         known = self.truth is not None and self.called > 6
-        return self.truth + 0 * self.weight * x if known else super()._forward(x, time, conditioning)
+        return self.truth + 0 * self.weight * x if known else super()._forward(x, time, told, guidance)
 
 
 @pytest.mark.parametrize("inversion", [False, True])
