@@ -205,3 +205,28 @@ def test_a_few_step_model_trains_on_its_own_steps(tiny_recipe, tiny_family, tmp_
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["ratio/first_deviation"] for row in rows[1:]] == [0, 0]
     assert rows[-1]["grad_norm"] > 0
+
+
+def test_text_encoders_train_and_go_on_as_they_were(tiny_recipe, tiny_family, tmp_path):
+    told = recipe(tiny_recipe, "sdxl", tiny_family("sdxl"), tmp_path / "run")
+    told.lora = {"rank": 2, "alpha": 2, "text_encoders": True}
+    OmegaConf.save(told, tmp_path / "recipe.yaml")
+    whole = trainers.train(tmp_path / "recipe.yaml")
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ratio/first_deviation"] for row in rows[1:]] == [0, 0]
+    moved = [key for key, tensor in load_file(adapter(whole)).items() if ".up." in key and tensor.any()]
+    assert {key.split(".")[0] for key in moved} == {"unet", "text_encoder", "text_encoder_2"}
+    again = half_way(whole, tmp_path / "again")
+    trainers.resume(again)
+    assert adapter(again).read_bytes() == adapter(whole).read_bytes()
+
+
+def test_text_encoders_do_not_go_with_steps_of_rounds_before(tiny_recipe, tiny_family, tmp_path):
+    told = recipe(tiny_recipe, "sd", tiny_family("sd"), tmp_path / "run")
+    told |= {"algorithm": "dpok", "lora": {"rank": 2, "alpha": 2, "text_encoders": True}}
+    del told["advantages"]
+    told.objective = {}
+    OmegaConf.save(told, tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match=r"DPOK keeps steps of rounds before, .*: set lora\.text_encoders=false"):
+        trainers.train(tmp_path / "recipe.yaml")
+    assert not (tmp_path / "run").exists()

@@ -126,6 +126,7 @@ def open_session(config: OnlineConfig, *, resuming: bool = False) -> Session:
     check_steps(policy, config)
     collector.check(config.rollout.steps, config.num_generations)
     check_noise(policy, config, replay, sampler)
+    check_launch(policy, config, replay, collector, accelerator.num_processes)
     rule = make_rule(config)
     session = Session(
         config=config,
@@ -286,6 +287,24 @@ def check_noise(policy: Policy, config: OnlineConfig, replay: Replay, sampler: A
     pulled = config.kl_reward or ("kl" in asked and asked["kl_weight"].default)
     if process.name == "variance_preserving" and pulled and getattr(replay, "kl_form", None) == "code":
         raise UserError("replay.kl_form=code is for the steps of a flow, and the model is a DDPM: set kl_form=exact")
+
+
+def check_launch(policy: Policy, config: OnlineConfig, replay: Replay, collector: Collector, processes: int) -> None:
+    """Whether trained text encoders and spread weights go with how samples are kept and shared."""
+    title = ALGORITHMS[config.algorithm].title
+    if config.lora and config.lora.text_encoders and not replay.fresh:
+        raise UserError(
+            f"{title} keeps steps of rounds before, and lora.text_encoders encodes prompts anew, which a resumed run "
+            "would not know of those: set lora.text_encoders=false"
+        )
+    block = collector.block(config.num_generations)
+    pictures = config.prompts_per_round * config.num_generations
+    if policy.sharded and pictures % (block * config.updates_per_round * processes):
+        raise UserError(
+            f"{title} computes pictures once as long as their noise agrees, {block} of them, and under FSDP processes "
+            f"call the network together: prompts_per_round x num_generations = {pictures} have to divide into "
+            f"{block} x updates_per_round x processes = {block} x {config.updates_per_round} x {processes}"
+        )
 
 
 def make_rule(config: OnlineConfig) -> Rule:
