@@ -165,6 +165,9 @@ def test_the_adapter_can_be_annealed(config, tmp_path):
         session.round += 1
         scales.append(session.policy.trained.scale)
     assert scales == [1, 0.75, 0.5]
+    session.run.save(3, session.state(), keep=1)
+    again = backprop.open_session(config(rounds=3, lora_scale_end=0.5, output_dir=str(tmp_path / "b")), resuming=True)
+    assert again.policy.trained.scale == 0.5  # also where no round is left that would set it
     saved = load_file(session.policy.save(tmp_path / "saved") / "pytorch_lora_weights.safetensors")
     session.policy.scale_lora(1.0)
     whole = load_file(session.policy.save(tmp_path / "whole") / "pytorch_lora_weights.safetensors")

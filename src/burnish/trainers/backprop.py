@@ -88,6 +88,7 @@ class Session:
         self.route.load_state_dict(state["route"])
         if self.stopper:
             self.stopper.load_state_dict(state["stopper"])
+        anneal(self, max(0, self.round - 1))  # as it was left, for a run that has no round more to go
         checkpoint.restore_rng_state(state["rng"])
 
 
@@ -144,9 +145,7 @@ def one_round(session: Session) -> dict[str, float]:
     """Prompts, pictures, rewards and one update, and what there is to say of it."""
     config, policy, accelerator = session.config, session.policy, session.accelerator
     start, called, sums = time.perf_counter(), policy.calls, {}
-    if config.lora_scale_end != 1:
-        share = session.round / max(1, config.rounds - 1)
-        policy.scale_lora(1 + share * (config.lora_scale_end - 1))
+    anneal(session, session.round)
     policy.autocast = lambda: accelerator.autocast()
     rewarding = Rewarding(session.reward)
     found = losses(session, rewarding)
@@ -175,6 +174,14 @@ def one_round(session: Session) -> dict[str, float]:
         **stepped,
         "seconds/update": time.perf_counter() - start,
     }
+
+
+def anneal(session: Session, index: int) -> None:
+    """Scale the adapter as round `index` has it."""
+    config = session.config
+    if config.lora_scale_end != 1:
+        share = index / max(1, config.rounds - 1)
+        session.policy.scale_lora(1 + share * (config.lora_scale_end - 1))
 
 
 def losses(session: Session, rewarding: Rewarding) -> Iterator[Loss]:
