@@ -143,7 +143,7 @@ def open_session(config: BackpropConfig, *, resuming: bool = False) -> Session:
 
 def one_round(session: Session) -> dict[str, float]:
     """Prompts, pictures, rewards and one update, and what there is to say of it."""
-    config, policy, accelerator = session.config, session.policy, session.accelerator
+    policy, accelerator = session.policy, session.accelerator
     start, called, sums = time.perf_counter(), policy.calls, {}
     anneal(session, session.round)
     policy.autocast = lambda: accelerator.autocast()
