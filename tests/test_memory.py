@@ -3,14 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from stock_pipelines import MAIN, OPTIONS, build, load
+from stock_pipelines import MAIN, OPTIONS, SIDES, build, load
 
 from burnish.errors import UserError
 from burnish.pipeline.memory import GIB, Settings, estimate, measure_recipe, remedies
 from burnish.policies import LoraConfig
 from burnish.policies.footprint import footprint
-
-SIZES = {"flux-dev": 16, "z-image": 16, "lumina-2": 64, "qwen-image": 32, "wan-2.1": 32}  # where the default is large
 
 SMALL = ["rollout.height=64", "rollout.width=64"]
 
@@ -34,7 +32,7 @@ def kept(call, network) -> int:
 @pytest.mark.parametrize("family", MAIN)
 def test_what_is_counted_without_weights_is_what_a_real_pass_keeps(family, tiny_family):
     """To the byte, for every family: the weights, what is trained, and the activations."""
-    side = SIZES.get(family)
+    side = SIDES.get(family)
     told = footprint(
         str(tiny_family(family)), LoraConfig(rank=2), options=OPTIONS.get(family), guidance=0.0, height=side, width=side
     )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from stock_pipelines import SIDES
 
 from burnish import trainers
 from burnish.algorithms import ALGORITHMS
@@ -168,13 +169,12 @@ FAMILY = {  # of the folders of recipes; None: the shapes world's own small mode
     "z_image": "z-image",
     "wan": "wan-2.1",
 }
-SIZES = {"flux-dev": 16, "z-image": 16, "lumina-2": 64, "qwen-image": 32, "wan-2.1": 32}  # where the default is large
 
 
 def sized(family: str | None, is_offline: bool) -> dict[str, object]:
     """Pictures of few pixels, and few tokens."""
     where = "data" if is_offline else "rollout"
-    told = {f"{where}.{side}": SIZES[family] for side in ("height", "width")} if family in SIZES else {}
+    told = {f"{where}.{side}": SIDES[family] for side in ("height", "width")} if family in SIDES else {}
     return told | {"pipeline.frames": 5 if family == "wan-2.1" else "null"}
 
 

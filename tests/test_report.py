@@ -257,17 +257,19 @@ def test_a_card_names_what_others_can_reach(tmp_path, base, named, loads):
     compile(snippet[1], "card", "exec")
 
 
+BARE_CARD = {
+    "base_model": "a/b",
+    "algorithm": "X",
+    "paper": "p",
+    "config": CARD_CONFIG,
+    "prompt": "a cat",
+    "signal": "s",
+}
+
+
 def test_the_card_of_a_clip_says_how_to_make_one(tmp_path):
-    settings = {
-        "base_model": "a/b",
-        "algorithm": "X",
-        "paper": "p",
-        "config": CARD_CONFIG,
-        "prompt": "a cat",
-        "signal": "s",
-    }
     call = {"guidance_scale": 4.5, "num_frames": 33, "height": 240}
-    card = write_card(tmp_path, metrics={"step": 1}, call=call, **settings).read_text("utf-8")
+    card = write_card(tmp_path, metrics={"step": 1}, call=call, **BARE_CARD).read_text("utf-8")
     assert "pipeline_tag: text-to-video" in card
     for part in ("    num_frames=33,\n    height=240,\n", ").frames[0]\nexport_to_video(image, "):
         assert part in card
@@ -276,14 +278,6 @@ def test_the_card_of_a_clip_says_how_to_make_one(tmp_path):
 
 
 def test_a_card_without_evaluation_claims_nothing(tmp_path):
-    settings = {
-        "base_model": "a/b",
-        "algorithm": "X",
-        "paper": "p",
-        "config": CARD_CONFIG,
-        "prompt": "a cat",
-        "signal": "s",
-    }
-    card = write_card(tmp_path, metrics={"step": 1}, **settings).read_text("utf-8")
+    card = write_card(tmp_path, metrics={"step": 1}, **BARE_CARD).read_text("utf-8")
     assert "accuracy" not in card
     assert "![" not in card

@@ -93,6 +93,13 @@ ATTRIBUTES = {
     **{family: {"default_size": (16, 32)} for family in ("wan-2.1", "wan-2.2")},
 }
 OPTIONS = {"wan-2.1": PipelineConfig(frames=5), "wan-2.2": PipelineConfig(frames=5)}
+SIDES = {
+    "flux-dev": 16,
+    "z-image": 16,
+    "lumina-2": 64,
+    "qwen-image": 32,
+    "wan-2.1": 32,
+}  # pixels, where the default is large
 WIDTH = 32
 WORDS = ("a", "red", "blue", "circle", "square", "squares", "two", "cross", "triangle", "of", "photo", "above", "green")
 

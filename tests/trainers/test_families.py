@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from stock_pipelines import MAIN, load
+from stock_pipelines import MAIN, SIDES, load
 
 from burnish import trainers
 from burnish.config import recipes_directory
@@ -23,7 +23,6 @@ from burnish.errors import UserError
 from burnish.policies import LoraConfig
 from burnish.trainers.sharding import shard
 
-SIZES = {"flux-dev": 16, "z-image": 16, "lumina-2": 64, "qwen-image": 32, "wan-2.1": 32}  # where the default is large
 PROGRAM = """
 import sys
 from accelerate import PartialState
@@ -37,7 +36,7 @@ for recipe in sys.argv[1:]:
 def recipe(tiny_recipe: str, family: str, model: Path, output: Path):
     """Two rounds of a policy gradient, small enough for a second, with steps that are large enough to show."""
     stable_diffusion = family in ("sd", "sdxl")
-    side = SIZES.get(family)
+    side = SIDES.get(family)
     told = OmegaConf.to_container(OmegaConf.create(tiny_recipe)) | {
         "algorithm": "ddpo" if stable_diffusion else "flow_grpo",
         "model": str(model),

@@ -9,13 +9,13 @@ import torch
 from burnish import trainers
 from burnish.algorithms import ALGORITHMS
 from burnish.policies import LoraConfig, PipelineConfig
-from burnish.policies.footprint import Footprint, footprint
+from burnish.policies.footprint import QUANTISED, Footprint, footprint
 from burnish.trainers.settings import OfflineConfig, OnlineConfig, RunConfig, SamplingConfig
 
 GIB = 2**30
 COPIES = 6  # of what is trained, in fp32: weight, gradient, Adam's two, the average and the one that samples
 EIGHT_BIT = COPIES - 1.5  # Adam's two in a byte each
-FOUR_BITS = 0.516 / 2  # of bf16
+FOUR_BITS = QUANTISED["nf4"] / 2  # of bf16
 # What a pass needs besides what is kept: temporaries, and what an allocator cannot use. Measured with SD1.5's sizes in
 # fp32 on a CPU: 2.37 GiB for 1.50 kept by a training pass, 0.75 for 0.50 in decoding.
 ROOM = 1.55
@@ -102,24 +102,23 @@ def settings_of(config: RunConfig, processes: int) -> Settings:
 def remedies(told: Footprint, settings: Settings, memory: float) -> tuple[list[str], Estimate]:
     """Settings that make it fit `memory` bytes, each of which is needed with those before it, and what is left to need;
     all that there are where none helps enough."""
-    steps = [
-        ("offload=true", replace(settings, offload=True)),
-        ("gradient_checkpointing=true", replace(settings, gradient_checkpointing=True)),
-        ("weight_dtype=bfloat16", replace(settings, half=True)),
-        ("batch_size=1", replace(settings, batch_size=1)),
-    ]
+    steps = {
+        "offload=true": {"offload": True},
+        "gradient_checkpointing=true": {"gradient_checkpointing": True},
+        "weight_dtype=bfloat16": {"half": True},
+        "batch_size=1": {"batch_size": 1},
+    }
     taken: list[str] = []
     now, weights = settings, told
-    for name, changed in steps:
+    for name, change in steps.items():
         if estimate(weights, now).total <= memory:
             break
-        changes = {key: value for key, value in vars(changed).items() if value != vars(settings)[key]}
-        if not changes:
+        changed = replace(now, **change)
+        if changed == now:
             continue
         taken.append(name)
-        if "half" in changes:
-            weights = _halved(weights)
-        now = replace(now, **changes)
+        weights = _halved(weights) if changed.half != now.half else weights
+        now = changed
     if estimate(weights, now).total > memory:
         taken.append("pipeline.quantize=nf4")
         own = weights.weights | {weights.network: int(weights.weights[weights.network] * FOUR_BITS)}

@@ -100,6 +100,11 @@ def fixed_length(tokens: Tensor, length: int) -> Tensor:
     return torch.cat([tokens, filling], dim=1) if missing else tokens
 
 
+def blank_tokens(batch: int, tokens: int, width: int) -> dict[str, Tensor]:
+    """Zeros in the place of encoded prompts that fill all their tokens, and the mask that says so."""
+    return {"prompt_embeds": torch.zeros(batch, tokens, width), "mask": torch.ones(batch, tokens, dtype=torch.long)}
+
+
 def warn_of_cut(tokenizer: Any, most: int, prompt: str, text: str) -> None:
     """A warning where a prompt, given to the tokenizer as `text`, is longer than the `most` tokens that are seen."""
     ids = tokenizer(text, truncation=False, verbose=False).input_ids

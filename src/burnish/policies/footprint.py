@@ -27,6 +27,8 @@ from burnish.policies.options import PipelineConfig
 from burnish.policies.policy import Policy
 from burnish.policies.trained import LoraConfig
 
+QUANTISED = {"nf4": 0.516, "int8": 1.0}  # bytes a weight; nf4 has 4 bits, and a quantised scale for 64 weights
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -138,11 +140,11 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _packed(size: int, name: str, policy: Policy) -> int:
-    """Of the network, what quantising leaves: nf4 has 4 bits and a scale of 32 for 64 weights, itself quantised."""
+    """Of the network, what quantising leaves."""
     if name != policy.network_name or policy.options.quantize is None:
         return size
     each = size / sum(parameter.numel() for parameter in policy.module.parameters())
-    return int(size / each * {"nf4": 0.516, "int8": 1.0}[policy.options.quantize])
+    return int(size / each * QUANTISED[policy.options.quantize])
 
 
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

@@ -32,7 +32,7 @@ def load_lora(pipeline: Any, source: str | Path, name: str) -> list[str]:
     try:
         diffusers_logging.set_verbosity_error()
         if path.suffix == ".safetensors" and path.is_file():
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="pt"):  # diffusers would call a torn file a hub's fault
                 pass
         try:
             state = kind.lora_state_dict(where, **told)

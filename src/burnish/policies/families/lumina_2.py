@@ -1,8 +1,8 @@
 """Lumina-Image 2: a DiT over prompt and picture on a rectified flow whose time runs from noise to data, and Gemma."""
 
-import torch
 from torch import Tensor
 
+from burnish.policies.conditioning import blank_tokens
 from burnish.policies.families.flow import FlowPolicy
 from burnish.policies.guidance import norm_kept
 
@@ -31,8 +31,7 @@ class Lumina2Policy(FlowPolicy):
         return {"prompt_embeds": embeds, "mask": mask}
 
     def blank(self, batch: int) -> dict[str, Tensor]:
-        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
-        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+        return blank_tokens(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         return -self._network(  # it predicts x0 - noise

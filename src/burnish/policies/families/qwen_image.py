@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.policies.conditioning import fixed_length
+from burnish.policies.conditioning import blank_tokens, fixed_length
 from burnish.policies.families.flow import FlowPolicy
 from burnish.policies.families.packing import pack, unpack
 from burnish.policies.guidance import norm_kept
@@ -32,8 +32,7 @@ class QwenImagePolicy(FlowPolicy):
         return {"prompt_embeds": fixed_length(embeds, self.text_tokens), "mask": fixed_length(mask, self.text_tokens)}
 
     def blank(self, batch: int) -> dict[str, Tensor]:
-        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.joint_attention_dim)
-        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+        return blank_tokens(batch, self.text_tokens, self.pipeline.transformer.config.joint_attention_dim)
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         height, width = x.shape[-2:]

@@ -2,10 +2,10 @@
 
 import inspect
 
-import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
+from burnish.policies.conditioning import blank_tokens
 from burnish.policies.families.flow import FlowPolicy
 
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
@@ -35,8 +35,7 @@ class SanaPolicy(FlowPolicy):
         return {"prompt_embeds": embeds, "mask": mask}
 
     def blank(self, batch: int) -> dict[str, Tensor]:
-        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.caption_channels)
-        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+        return blank_tokens(batch, self.text_tokens, self.pipeline.transformer.config.caption_channels)
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         config = self.pipeline.transformer.config

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from burnish.policies.conditioning import fixed_length
+from burnish.policies.conditioning import blank_tokens, fixed_length
 from burnish.policies.families.flow import FlowPolicy
 
 SIDE = 128  # latent pixels of the pipeline's default 1024
@@ -36,8 +36,7 @@ class ZImagePolicy(FlowPolicy):
         }
 
     def blank(self, batch: int) -> dict[str, Tensor]:
-        embeds = torch.zeros(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
-        return {"prompt_embeds": embeds, "mask": torch.ones(batch, self.text_tokens, dtype=torch.long)}
+        return blank_tokens(batch, self.text_tokens, self.pipeline.transformer.config.cap_feat_dim)
 
     def _forward(self, x: Tensor, time: Tensor, told: dict[str, Tensor], guidance: float) -> Tensor:
         lengths = told["mask"].sum(1).int().tolist()
