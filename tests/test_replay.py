@@ -346,6 +346,20 @@ def test_the_error_is_the_training_loss_of_the_network(flow):
         )
 
 
+def test_pictures_made_with_guidance_can_train_the_conditional_branch_alone(flow):
+    rollout = rollout_of(flow, 3, "final", guidance=4.5)
+
+    def objective(x, s, prediction):
+        return prediction.mean(), {"x": x, "s": s, "prediction": prediction.detach()}
+
+    for guided, guidance in ((True, 4.5), (False, 1.0)):
+        replay = ForwardProcess(times_per_sample=2, guided=guided)
+        experience = Experience(rollout, ADVANTAGES, ADVANTAGES)
+        for _, seen in replay.losses(flow, experience, weights_of(flow), objective):
+            asked = flow.predict(seen["x"], seen["s"], rollout.conditioning, guidance)
+            torch.testing.assert_close(seen["prediction"], asked)
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from burnish.denoising import Given, Noising, Pairs
 from burnish.policies import Policy
 from burnish.replay.experience import Experience
-from burnish.replay.forward import ForwardProcess
+from burnish.replay.forward import FinalLatents
 from burnish.replay.protocol import Loss, Objective, handed
 from burnish.replay.transitions import StoredTransitions, Transition
 
@@ -134,7 +134,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureDuels(Duelling, ForwardProcess):
+class PictureDuels(Duelling, FinalLatents):
     """Two finished pictures of a prompt, noised alike: Diffusion-DPO on one's own samples.
 
     `reference`: the base, or the policy that sampled, which is the trained one as it was after so many times

@@ -1,7 +1,7 @@
 """Final latents, noised again: for methods that need no trajectory, whatever solver made the samples."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -15,24 +15,33 @@ from burnish.replay.protocol import InTurn, Loss, Objective, Quantities, handed
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardProcess(InTurn):
-    """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
-
-    An objective is handed what its arguments name, of the properties of `Noised`.
-    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting),
-    or from its int(steps * timestep_fraction) noisiest.
-    The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
-    """
+class FinalLatents(InTurn):
+    """Keeps the finished pictures only, and makes `times_per_sample` network calls for each."""
 
     times_per_sample: Annotated[int, Gt(0)] = 10  # NVlabs/DiffusionNFT trains on each of its 10 sampling times
-    timestep_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
-    behaviour_rate: Annotated[float, Ge(0)] = 0.001  # config/nft.py, decay_type 1
-    behaviour_max: Annotated[float, Ge(0), Le(1)] = 0.5  # config/nft.py, decay_type 1
 
     keep = "final"
 
     def calls(self, steps: int) -> int:
         return self.times_per_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardProcess(FinalLatents):
+    """Noises the final latents again: for methods that need no trajectory, whatever solver made the samples.
+
+    An objective is handed what its arguments name, of the properties of `Noised`.
+    `times_per_sample`: noise levels for each sample, drawn from the sampling grid (all of them: the released setting),
+    or from its int(steps * timestep_fraction) noisiest.
+    `guided`: with the rollout's guidance in training too; if not, guidance makes the pictures on which the conditional
+    branch alone is trained.
+    The sampling policy follows the trained one as old <- d old + (1 - d) theta, d = min(rate * updates, max).
+    """
+
+    timestep_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    guided: bool = True  # jannerm/ddpo config/base.py, train_cfg; False in its compressed_animals_nocfg
+    behaviour_rate: Annotated[float, Ge(0)] = 0.001  # config/nft.py, decay_type 1
+    behaviour_max: Annotated[float, Ge(0), Le(1)] = 0.5  # config/nft.py, decay_type 1
 
     def behaviour_decay(self, updates: int) -> float:
         return min(self.behaviour_rate * updates, self.behaviour_max)
@@ -44,6 +53,8 @@ class ForwardProcess(InTurn):
         behaviour: dict[str, Tensor],
         objective: Objective,
     ) -> Iterator[Loss]:
+        if not self.guided:
+            experience = replace(experience, rollout=replace(experience.rollout, guidance=1.0))
         rollout = experience.rollout
         shape = rollout.latents.shape[1:]
         times = rollout.grid.times[: max(1, int(rollout.grid.steps * self.timestep_fraction))]
