@@ -1,12 +1,10 @@
 """Two processes under `accelerate launch` do what one does on the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launched
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -115,24 +113,12 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
     OmegaConf.save(recipe, folder / "two-stopped.yaml")
     for name in GRADIENTS | ALGORITHMS:
         trainers.train(folder / f"one-{name}.yaml")
-    program = folder / "train.py"
-    program.write_text(PROGRAM)
-    # `--cpu` would start one process, or need MPI; this starts two, and the environment keeps them on the CPU.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", program]
-    done = subprocess.run(
-        [sys.executable, *launch, *(folder / f"two-{name}.yaml" for name in (*GRADIENTS, *ALGORITHMS, "stopped"))],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    names = (*GRADIENTS, *ALGORITHMS, "stopped")
+    said = launched(PROGRAM, folder, *(folder / f"two-{name}.yaml" for name in names))
     # Only the first process speaks.
-    assert done.stdout.count("round 2/2  reward") == len(GRADIENTS | ALGORITHMS) - len(GIVEN) + 1
-    assert done.stdout.count("round 2/2  loss") == len(GIVEN)
-    assert done.stdout.count("stopped after round 1") == 1
+    assert said.count("round 2/2  reward") == len(GRADIENTS | ALGORITHMS) - len(GIVEN) + 1
+    assert said.count("round 2/2  loss") == len(GIVEN)
+    assert said.count("stopped after round 1") == 1
     return folder
 
 

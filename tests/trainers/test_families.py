@@ -1,10 +1,7 @@
 """Every family trains: a run that is resumed is the run that was not stopped, and two processes do what one does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from launching import launched
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from stock_pipelines import MAIN, SIDES, load
@@ -68,23 +66,6 @@ def runs(tiny_recipe, tiny_family, tmp_path_factory) -> Path:
         trainers.train(folder / f"one-{family}.yaml")
     launched(PROGRAM, folder, *(folder / f"two-{family}.yaml" for family in MAIN))
     return folder
-
-
-def launched(program: str, folder: Path, *arguments: Path, **environment: str) -> str:
-    """What two processes of a program say, which the environment keeps on the CPU."""
-    (folder / "program.py").write_text(program)
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", folder / "program.py"]
-    done = subprocess.run(
-        [sys.executable, *launch, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def half_way(whole: Path, run: Path) -> Path:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from burnish.data import resolve
 from burnish.errors import UserError
-from burnish.policies.load import family_of, quietly, why_not_loaded
+from burnish.policies.load import family_of, index_of, quietly, why_not_loaded
 from burnish.policies.options import PipelineConfig
 from burnish.policies.policy import Policy
 from burnish.policies.trained import LoraConfig
@@ -108,9 +108,7 @@ def _pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
             path = Path(snapshot_download(model, allow_patterns=["*.json"]))
         except (OSError, ValueError) as error:
             raise UserError(f"{model}: its config files cannot be had ({why_not_loaded(error)})") from error
-    if not (path / "model_index.json").is_file():
-        raise UserError(f"{model}: holds no model_index.json, so it is not a diffusers pipeline")
-    index = json.loads((path / "model_index.json").read_text("utf-8"))
+    index = json.loads(index_of(path, model).read_text("utf-8"))
     parts = {name: told for name, told in index.items() if isinstance(told, list)}
     made = {name: _part(path / name, told[0], told[1], dtype) for name, told in parts.items()}
     kind = getattr(importlib.import_module("diffusers"), index["_class_name"], None)

@@ -112,6 +112,13 @@ def family_of(pipeline: Any, where: str = "") -> type[Policy]:
     return family
 
 
+def index_of(folder: Path, source: str) -> Path:
+    """The file that makes a folder a pipeline's; UserError where there is none."""
+    if not (file := folder / "model_index.json").is_file():
+        raise UserError(f"{source}: holds no model_index.json, so it is not a diffusers pipeline")
+    return file
+
+
 def load_pipeline(
     source: str, dtype: torch.dtype = torch.float32, options: PipelineConfig | None = None
 ) -> DiffusionPipeline:
@@ -122,8 +129,7 @@ def load_pipeline(
         path = Path(path).expanduser()
         if not path.is_dir():
             raise UserError(f"{source}: no such folder; give a hub id, or a folder that holds a diffusers pipeline")
-        if not (path / "model_index.json").is_file():
-            raise UserError(f"{source}: holds no model_index.json, so it is not a diffusers pipeline")
+        index_of(path, source)
     keyword = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"  # the latter is on its way out
     told: dict[str, Any] = {keyword: dtype} | quantisation(options or PipelineConfig(), dtype)
     try:
