@@ -228,6 +228,7 @@ def test_sd35_recipes_are_as_published():
     assert nft.replay == {
         "times_per_sample": 10,
         "timestep_fraction": 1,
+        "guided": True,
         "behaviour_rate": 0.001,
         "behaviour_max": 0.5,
     }
