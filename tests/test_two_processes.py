@@ -114,7 +114,7 @@ def runs(tiny_recipe, tmp_path_factory) -> Path:
     for name in GRADIENTS | ALGORITHMS:
         trainers.train(folder / f"one-{name}.yaml")
     names = (*GRADIENTS, *ALGORITHMS, "stopped")
-    said = launched(PROGRAM, folder, *(folder / f"two-{name}.yaml" for name in names))
+    said = launched(PROGRAM, folder, *(folder / f"two-{name}.yaml" for name in names), timeout=200)
     # Only the first process speaks.
     assert said.count("round 2/2  reward") == len(GRADIENTS | ALGORITHMS) - len(GIVEN) + 1
     assert said.count("round 2/2  loss") == len(GIVEN)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def launched(program: str, folder: Path, *arguments: Path, **environment: str) -> str:
+def launched(program: str, folder: Path, *arguments: Path, timeout: float = 300, **environment: str) -> str:
     """What two processes of a program say.
 
     `--cpu` would start one process, or need MPI; this starts two, and the environment keeps them on the CPU.
@@ -19,7 +19,7 @@ def launched(program: str, folder: Path, *arguments: Path, **environment: str) -
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == 0, done.stderr
